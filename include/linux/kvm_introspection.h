@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * KVM introspection: the interface between kvm.ko and the one module that
+ * implements introspection (the "provider", kvmi_host.ko).
+ *
+ * kvm.ko only offers hook points and narrow helpers; protocol and policy are
+ * the provider's.  The provider never sees the layout of a KVM structure:
+ * struct kvm and struct kvm_vcpu are opaque to it.
+ *
+ * Lock order, outermost first:
+ *
+ *   provider's per-VM lifecycle lock
+ *     kvm_introspection_lock	(attach, detach, VM destruction)
+ *       kvm->lock
+ *         vcpu->mutex
+ *           provider's inner locks (everything a callback may take)
+ */
+#ifndef __KVM_INTROSPECTION_H
+#define __KVM_INTROSPECTION_H
+
+#include <linux/types.h>
+
+struct kvm;
+struct kvm_vcpu;
+struct module;
+
+/* Bumped with every change of this interface; checked at registration. */
+#define KVM_INTROSPECTION_ABI	1
+
+/**
+ * enum kvmi_slot_change - what happened to a memory slot
+ * @KVMI_SLOT_CREATE: a slot came into being
+ * @KVMI_SLOT_DELETE: a slot went away
+ * @KVMI_SLOT_MOVE: a slot has a new base gfn
+ * @KVMI_SLOT_FLAGS: only the slot's flags changed
+ */
+enum kvmi_slot_change {
+	KVMI_SLOT_CREATE,
+	KVMI_SLOT_DELETE,
+	KVMI_SLOT_MOVE,
+	KVMI_SLOT_FLAGS,
+};
+
+/**
+ * struct kvmi_vm_info - what an administrator wants to know about a VM
+ * @max_gpa: first guest physical address past the highest memory slot
+ * @memory_bytes: sum of all memory slots of address space 0
+ * @vcpu_count: vCPUs that are online
+ * @vmm_pid: process that created the VM, in the caller's pid namespace, or 0
+ */
+struct kvmi_vm_info {
+	u64 max_gpa;
+	u64 memory_bytes;
+	u32 vcpu_count;
+	s32 vmm_pid;
+};
+
+/**
+ * struct kvm_introspection_ops - the provider's callbacks
+ * @owner: the provider's module; pinned while any VM is attached and during
+ *	every callback
+ * @abi: %KVM_INTROSPECTION_ABI
+ * @size: sizeof(struct kvm_introspection_ops)
+ * @version: answer to KVM_CHECK_EXTENSION(KVM_CAP_INTROSPECTION)
+ * @reserved: 0
+ * @vm_ioctl: One of the KVM_INTROSPECTION_* ioctls on a VM file descriptor.
+ *	May sleep, no KVM lock is held; the file holds a reference to @kvm.
+ * @vm_destroy: The last reference to an attached VM is gone and no vCPU can run
+ *	any more.  The VM must have been detached when this returns.  May sleep.
+ * @vcpu_create: A vCPU of an attached VM is there: once for each vCPU that
+ *	exists when kvmi_vm_attach() is called, later for every new one.
+ *	@vcpu stays valid until the matching @vcpu_destroy.  Called under
+ *	kvm->lock, may sleep.  An error leaves that vCPU out of introspection;
+ *	during kvmi_vm_attach() it fails the attach.
+ * @vcpu_destroy: Undoes @vcpu_create; from kvmi_vm_detach(), when no other
+ *	callback of the vCPU runs or will run.  May sleep.
+ * @memslot: A memory slot has changed.  Called under kvm->slots_lock; may
+ *	sleep, but must not change slots or wait for one who does.
+ * @vcpu_work: Serves a kvmi_vcpu_request(): called on the vCPU's thread inside
+ *	KVM_RUN, before the guest is entered and also when the vCPU is halted.
+ *	kvm->srcu is held, no lock is; may sleep, but waits only through
+ *	kvmi_vcpu_wait().  Returns 1 to go on, or -EINTR to leave KVM_RUN
+ *	because of a signal and be called again at the next KVM_RUN.
+ *
+ * @vcpu_create, @vcpu_destroy, @memslot and @vcpu_work get the pointers that
+ * kvmi_vm_attach() and @vcpu_create handed over.
+ */
+struct kvm_introspection_ops {
+	struct module *owner;
+	u32 abi;
+	u32 size;
+	u32 version;
+	u32 reserved;
+
+	long (*vm_ioctl)(struct kvm *kvm, unsigned int ioctl, unsigned long arg);
+	void (*vm_destroy)(struct kvm *kvm);
+	int (*vcpu_create)(void *vm_priv, struct kvm_vcpu *vcpu, u32 index,
+			   void **vcpu_priv);
+	void (*vcpu_destroy)(void *vcpu_priv);
+	void (*memslot)(void *vm_priv, u64 base_gfn, u64 npages, u32 as_id,
+			enum kvmi_slot_change change);
+	int (*vcpu_work)(void *vcpu_priv);
+};
+
+/* For the provider: registration.  Process context, may sleep. */
+int kvm_introspection_register(const struct kvm_introspection_ops *ops);
+void kvm_introspection_unregister(const struct kvm_introspection_ops *ops);
+
+/* For the provider: VMs. */
+struct kvm *kvmi_vm_get_from_fd(int fd);
+void kvmi_vm_put(struct kvm *kvm);
+int kvmi_vm_may_attach(struct kvm *kvm);
+int kvmi_vm_attach(struct kvm *kvm, void *vm_priv);
+void kvmi_vm_detach(struct kvm *kvm);
+void kvmi_vm_get_info(struct kvm *kvm, struct kvmi_vm_info *info);
+int kvmi_vm_read_gpa(struct kvm *kvm, u64 gpa, void *buf, u32 len);
+int kvmi_vm_write_gpa(struct kvm *kvm, u64 gpa, const void *buf, u32 len);
+
+/* For the provider: vCPUs. */
+void kvmi_vcpu_request(struct kvm_vcpu *vcpu);
+int kvmi_vcpu_wait(struct kvm_vcpu *vcpu, bool (*done)(void *arg), void *arg);
+
+#endif /* __KVM_INTROSPECTION_H */
