@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: GPL-2.0-only WITH Linux-syscall-note */
+/*
+ * The KVMI protocol (virtual-machine introspection for KVM) and /dev/kvmi.
+ *
+ * The same definitions, in Rust and with the rules that go with them, are in
+ * rust/abi; a test compares the two.
+ */
+#ifndef _UAPI_LINUX_KVMI_H
+#define _UAPI_LINUX_KVMI_H
+
+#include <linux/ioctl.h>
+#include <linux/kvm.h>
+#include <linux/types.h>
+#include <asm/kvmi.h>
+
+#define KVMI_VERSION 1
+
+/* Largest payload of a message, in either direction. */
+#define KVMI_MAX_MSG_SIZE (8192 - sizeof(struct kvmi_msg_hdr))
+
+/* Even ids concern the VM, odd ids one vCPU. */
+#define KVMI_VM_MESSAGE_ID(n) ((n) << 1)
+#define KVMI_VCPU_MESSAGE_ID(n) (((n) << 1) | 1)
+
+/* Messages. */
+enum {
+	KVMI_VM_EVENT			= KVMI_VM_MESSAGE_ID(0),
+	KVMI_GET_VERSION		= KVMI_VM_MESSAGE_ID(1),
+	KVMI_VM_CHECK_COMMAND		= KVMI_VM_MESSAGE_ID(2),
+	KVMI_VM_CHECK_EVENT		= KVMI_VM_MESSAGE_ID(3),
+	KVMI_VM_GET_INFO		= KVMI_VM_MESSAGE_ID(4),
+	KVMI_VM_CONTROL_EVENTS		= KVMI_VM_MESSAGE_ID(5),
+	KVMI_VM_READ_PHYSICAL		= KVMI_VM_MESSAGE_ID(6),
+	KVMI_VM_WRITE_PHYSICAL		= KVMI_VM_MESSAGE_ID(7),
+	KVMI_VM_PAUSE_VCPU		= KVMI_VM_MESSAGE_ID(8),
+	KVMI_VM_CONTROL_CLEANUP		= KVMI_VM_MESSAGE_ID(9),
+	KVMI_VM_SET_PAGE_ACCESS		= KVMI_VM_MESSAGE_ID(10),
+
+	KVMI_VCPU_EVENT			= KVMI_VCPU_MESSAGE_ID(0),
+	KVMI_VCPU_GET_INFO		= KVMI_VCPU_MESSAGE_ID(1),
+	KVMI_VCPU_CONTROL_EVENTS	= KVMI_VCPU_MESSAGE_ID(2),
+	KVMI_VCPU_GET_REGISTERS		= KVMI_VCPU_MESSAGE_ID(3),
+	KVMI_VCPU_SET_REGISTERS		= KVMI_VCPU_MESSAGE_ID(4),
+	KVMI_VCPU_GET_CPUID		= KVMI_VCPU_MESSAGE_ID(5),
+	KVMI_VCPU_CONTROL_CR		= KVMI_VCPU_MESSAGE_ID(6),
+	KVMI_VCPU_INJECT_EXCEPTION	= KVMI_VCPU_MESSAGE_ID(7),
+	KVMI_VCPU_GET_XCR		= KVMI_VCPU_MESSAGE_ID(8),
+	KVMI_VCPU_GET_XSAVE		= KVMI_VCPU_MESSAGE_ID(9),
+	KVMI_VCPU_SET_XSAVE		= KVMI_VCPU_MESSAGE_ID(10),
+	KVMI_VCPU_GET_MTRR_TYPE		= KVMI_VCPU_MESSAGE_ID(11),
+	KVMI_VCPU_CONTROL_MSR		= KVMI_VCPU_MESSAGE_ID(12),
+	KVMI_VCPU_CONTROL_SINGLESTEP	= KVMI_VCPU_MESSAGE_ID(13),
+	KVMI_VCPU_TRANSLATE_GVA		= KVMI_VCPU_MESSAGE_ID(14),
+};
+
+/* Events, in the event field of struct kvmi_event_hdr. */
+enum {
+	KVMI_VM_EVENT_UNHOOK		= KVMI_VM_MESSAGE_ID(0),
+
+	KVMI_VCPU_EVENT_PAUSE		= KVMI_VCPU_MESSAGE_ID(0),
+	KVMI_VCPU_EVENT_HYPERCALL	= KVMI_VCPU_MESSAGE_ID(1),
+	KVMI_VCPU_EVENT_BREAKPOINT	= KVMI_VCPU_MESSAGE_ID(2),
+	KVMI_VCPU_EVENT_CR		= KVMI_VCPU_MESSAGE_ID(3),
+	KVMI_VCPU_EVENT_TRAP		= KVMI_VCPU_MESSAGE_ID(4),
+	KVMI_VCPU_EVENT_XSETBV		= KVMI_VCPU_MESSAGE_ID(5),
+	KVMI_VCPU_EVENT_DESCRIPTOR	= KVMI_VCPU_MESSAGE_ID(6),
+	KVMI_VCPU_EVENT_MSR		= KVMI_VCPU_MESSAGE_ID(7),
+	KVMI_VCPU_EVENT_PF		= KVMI_VCPU_MESSAGE_ID(8),
+	KVMI_VCPU_EVENT_SINGLESTEP	= KVMI_VCPU_MESSAGE_ID(9),
+};
+
+/* Head of every message. */
+struct kvmi_msg_hdr {
+	__u16 id;
+	__u16 size;		/* of the payload that follows */
+	__u32 seq;
+};
+
+/* First part of every reply: 0 or a negative KVM_E* number. */
+struct kvmi_error_code {
+	__s32 err;
+	__u32 padding;
+};
+
+/* First part of every vCPU command and of every reply to a vCPU event. */
+struct kvmi_vcpu_hdr {
+	__u16 vcpu;		/* index in order of creation */
+	__u16 padding1;
+	__u32 padding2;
+};
+
+struct kvmi_features {
+	__u8 singlestep;
+	__u8 padding[7];
+};
+
+struct kvmi_get_version_reply {
+	__u32 version;
+	__u32 max_msg_size;
+	struct kvmi_features features;
+};
+
+struct kvmi_vm_check_command {
+	__u16 id;
+	__u16 padding1;
+	__u32 padding2;
+};
+
+struct kvmi_vm_check_event {
+	__u16 id;
+	__u16 padding1;
+	__u32 padding2;
+};
+
+struct kvmi_vm_get_info_reply {
+	__u32 vcpu_count;
+	__u32 padding[3];
+};
+
+struct kvmi_vm_control_events {
+	__u16 event_id;
+	__u8 enable;
+	__u8 padding1;
+	__u32 padding2;
+};
+
+struct kvmi_vm_read_physical {
+	__u64 gpa;
+	__u16 size;		/* 1 to 4096, not beyond the end of the page */
+	__u16 padding1;
+	__u32 padding2;
+};
+
+struct kvmi_vm_write_physical {
+	__u64 gpa;
+	__u16 size;		/* 1 to 4096, not beyond the end of the page */
+	__u16 padding1;
+	__u32 padding2;
+	__u8 data[];
+};
+
+struct kvmi_vm_control_cleanup {
+	__u8 enable;
+	__u8 padding[7];
+};
+
+/* First part of every event. */
+struct kvmi_event_hdr {
+	__u16 event;
+	__u16 padding[3];
+};
+
+/* Second part of a vCPU event; the event's own data follows @size bytes. */
+struct kvmi_vcpu_event {
+	__u16 size;
+	__u16 vcpu;
+	__u32 padding;
+	struct kvmi_vcpu_event_arch arch;
+};
+
+/* Handshake, VMM to tool. */
+struct kvmi_vmm_hello {
+	__u32 struct_size;
+	__u8 uuid[16];
+	__u32 padding;
+	__s64 start_time;	/* seconds since 1970 */
+	char name[64];
+	__u64 max_gpa;		/* older VMMs end before this */
+};
+
+/* Handshake, tool to VMM. */
+struct kvmi_tool_hello {
+	__u32 struct_size;
+	__u8 cookie_hash[20];
+};
+
+/*
+ * The ioctls on a VM file descriptor.  A patched linux/kvm.h has them; others
+ * get them here.
+ */
+#ifndef KVM_INTROSPECTION_HOOK
+#define KVM_CAP_INTROSPECTION 0x4b56
+
+struct kvm_introspection_hook {
+	__s32 fd;
+	__u32 padding;
+	__u8 uuid[16];
+};
+
+struct kvm_introspection_feature {
+	__u32 allow;
+	__s32 id;
+};
+
+#define KVM_INTROSPECTION_HOOK      _IOW(KVMIO, 0xc8, struct kvm_introspection_hook)
+#define KVM_INTROSPECTION_UNHOOK    _IO(KVMIO, 0xc9)
+#define KVM_INTROSPECTION_COMMAND   _IOW(KVMIO, 0xca, struct kvm_introspection_feature)
+#define KVM_INTROSPECTION_EVENT     _IOW(KVMIO, 0xcb, struct kvm_introspection_feature)
+#define KVM_INTROSPECTION_PREUNHOOK _IO(KVMIO, 0xcc)
+#endif
+
+/* /dev/kvmi: hooks a VM whose VMM knows nothing of introspection. */
+struct kvmi_dev_attach {
+	__s32 vm_fd;
+	__s32 socket_fd;
+	__u32 flags;
+	__u32 padding;
+	__u8 uuid[16];
+};
+
+#define KVMI_DEV_STATUS_HOOKED		(1U << 0)
+#define KVMI_DEV_STATUS_DISCONNECTED	(1U << 1)
+
+struct kvmi_dev_vm_status {
+	__s32 vm_fd;		/* in; all that follows: out */
+	__u32 flags;
+	__u64 max_gpa;
+	__u64 memory_bytes;
+	__u32 vcpu_count;
+	__s32 vmm_pid;
+	__s32 hooked_by;
+	__u32 vcpus_served;
+	__u64 commands;
+	__u64 events;
+	__u64 memslot_changes;
+	__u8 uuid[16];
+};
+
+#define KVMI_IO 0xB9
+#define KVMI_DEV_ATTACH    _IOW(KVMI_IO, 0x00, struct kvmi_dev_attach)
+#define KVMI_DEV_VM_STATUS _IOWR(KVMI_IO, 0x01, struct kvmi_dev_vm_status)
+
+#endif /* _UAPI_LINUX_KVMI_H */

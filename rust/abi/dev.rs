@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! The interface of `/dev/kvmi`, for VMMs that know nothing of introspection.
+//!
+//! An open file hooks at most one VM and unhooks it when it is closed. After [`ATTACH`] the
+//! ioctls of [`crate::ioctl`] other than HOOK work on the file as they do on a VM file descriptor.
+
+use zerocopy_derive::{
+    FromBytes,
+    Immutable,
+    IntoBytes,
+    KnownLayout, //
+};
+
+use crate::ioctl::iowr;
+
+/// ioctl type of `/dev/kvmi`.
+pub const KVMI_IO: u32 = 0xB9;
+
+/// Hooks a VM: takes an [`Attach`].
+pub const ATTACH: u32 = crate::ioctl::iow::<Attach>(KVMI_IO, 0x00);
+/// Describes a VM: takes and gives back a [`VmStatus`].
+pub const VM_STATUS: u32 = iowr::<VmStatus>(KVMI_IO, 0x01);
+
+/// Argument of [`ATTACH`] (`kvmi_dev_attach`).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Attach {
+    /// VM file descriptor, in the calling process (see `pidfd_getfd(2)`).
+    pub vm_fd: i32,
+    /// A connected stream socket, in the calling process.
+    pub socket_fd: i32,
+    /// 0.
+    pub flags: u32,
+    /// 0.
+    pub padding: u32,
+    /// Names the VM in diagnostics.
+    pub uuid: [u8; 16],
+}
+
+/// The VM is hooked: the fields about the session are valid.
+pub const STATUS_HOOKED: u32 = 1 << 0;
+/// The tool's end of the socket, or the host's, is closed.
+pub const STATUS_DISCONNECTED: u32 = 1 << 1;
+
+/// Argument of [`VM_STATUS`] (`kvmi_dev_vm_status`): `vm_fd` is read, the rest is written.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct VmStatus {
+    /// VM file descriptor, in the calling process.
+    pub vm_fd: i32,
+    /// `STATUS_*`.
+    pub flags: u32,
+    /// First guest physical address past the highest memory slot.
+    pub max_gpa: u64,
+    /// Memory of the guest in bytes, ROM included.
+    pub memory_bytes: u64,
+    /// vCPUs that are online.
+    pub vcpu_count: u32,
+    /// Process that created the VM.
+    pub vmm_pid: i32,
+    /// Process that hooked the VM, in the initial pid namespace.
+    pub hooked_by: i32,
+    /// vCPUs that have served a request since the VM was hooked.
+    pub vcpus_served: u32,
+    /// Commands received since the VM was hooked.
+    pub commands: u64,
+    /// Events sent since the VM was hooked.
+    pub events: u64,
+    /// Changes of memory slots since the VM was hooked.
+    pub memslot_changes: u64,
+    /// The uuid given when the VM was hooked.
+    pub uuid: [u8; 16],
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ioctl_numbers_carry_the_size_of_their_argument() {
+        assert_eq!(ATTACH, 0x4020_B900);
+        assert_eq!(VM_STATUS, 0xC050_B901);
+    }
+}
