@@ -67,6 +67,12 @@ macro_rules! ids {
                 1 << self.id()
             }
         }
+
+        impl From<$name> for u16 {
+            fn from(value: $name) -> Self {
+                value.id()
+            }
+        }
     };
 }
 

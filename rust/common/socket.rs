@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Sockets handed over by user space.
+//!
+//! C header: [`include/linux/net.h`](srctree/include/linux/net.h)
+
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    ffi::c_int,
+    prelude::*, //
+};
+
+/// How long a transmission may take.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// Until there is room, the socket is shut down or a signal arrives.
+    ForRoom,
+    /// Not at all.
+    Never,
+}
+
+/// A connected stream socket, taken from a file descriptor of the current process.
+///
+/// # Invariants
+///
+/// `sock` is valid and this value owns one reference to its file.
+pub struct StreamSocket {
+    sock: NonNull<bindings::socket>,
+}
+
+// SAFETY: The last reference to a file may be put from any thread.
+unsafe impl Send for StreamSocket {}
+// SAFETY: `struct socket` does its own locking.
+unsafe impl Sync for StreamSocket {}
+
+impl StreamSocket {
+    /// Takes a reference to the socket behind `fd`.
+    ///
+    /// Fails with `EINVAL` if it is not a connected stream socket.
+    pub fn from_fd(fd: i32) -> Result<Self> {
+        let mut err = 0;
+        // SAFETY: `err` is valid for writing.
+        let sock = unsafe { bindings::sockfd_lookup(fd, &mut err) };
+
+        // INVARIANT: On success `sockfd_lookup()` took a reference to the file.
+        let socket = Self {
+            sock: NonNull::new(sock).ok_or(EINVAL)?,
+        };
+        if socket.is_connected_stream() {
+            Ok(socket)
+        } else {
+            Err(EINVAL)
+        }
+    }
+
+    fn is_connected_stream(&self) -> bool {
+        // SAFETY: `sock` is valid by the type invariant; the type never changes.
+        let ty = unsafe { (*self.sock.as_ptr()).type_ };
+        // SAFETY: `sock` is valid by the type invariant; a state that changes meanwhile is as
+        // good as one that changes right after.
+        let state = unsafe { (&raw const (*self.sock.as_ptr()).state).read_volatile() };
+
+        u32::try_from(ty) == Ok(bindings::sock_type_SOCK_STREAM)
+            && state == bindings::socket_state_SS_CONNECTED
+    }
+
+    /// Receives exactly `buf.len()` bytes.
+    ///
+    /// Returns `false` if the stream ends before the first of them. Sleeps until they are there,
+    /// the socket is shut down or a signal arrives; fails with `EPIPE` if the stream ends in the
+    /// middle.
+    pub fn recv_exact(&self, buf: &mut [u8]) -> Result<bool> {
+        let mut msg = bindings::msghdr::default();
+        let mut done = 0;
+
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let len = rest.len();
+            let mut vec = bindings::kvec {
+                iov_base: rest.as_mut_ptr().cast(),
+                iov_len: len,
+            };
+            // SAFETY: `sock` is valid by the type invariant; `vec` describes memory that is
+            // exclusively ours for the duration of the call.
+            let ret = unsafe {
+                bindings::kernel_recvmsg(
+                    self.sock.as_ptr(),
+                    &mut msg,
+                    &mut vec,
+                    1,
+                    len,
+                    bindings::MSG_WAITALL as c_int,
+                )
+            };
+            match usize::try_from(ret) {
+                Ok(0) if done == 0 => return Ok(false),
+                Ok(0) => return Err(EPIPE),
+                Ok(n) => done += n,
+                Err(_) => return Err(Error::from_errno(ret)),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sends the concatenation of `parts`.
+    ///
+    /// Two transmissions at the same time may mix: callers exclude each other. After an error an
+    /// unknown part was sent.
+    pub fn send<const N: usize>(&self, parts: [&[u8]; N], wait: Wait) -> Result {
+        let mut msg = bindings::msghdr::default();
+        let len = parts.iter().map(|part| part.len()).sum::<usize>();
+        let mut vec = parts.map(|part| bindings::kvec {
+            iov_base: part.as_ptr().cast_mut().cast(),
+            iov_len: part.len(),
+        });
+        msg.msg_flags = bindings::MSG_NOSIGNAL;
+        if wait == Wait::Never {
+            msg.msg_flags |= bindings::MSG_DONTWAIT;
+        }
+
+        // SAFETY: `sock` is valid by the type invariant; sending only reads from what `vec`
+        // describes, which lives longer than this call.
+        let ret = unsafe {
+            bindings::kernel_sendmsg(self.sock.as_ptr(), &mut msg, vec.as_mut_ptr(), N, len)
+        };
+        match usize::try_from(ret) {
+            Ok(n) if n == len => Ok(()),
+            Ok(_) => Err(EPIPE),
+            Err(_) => Err(Error::from_errno(ret)),
+        }
+    }
+
+    /// Makes pending and future receptions and transmissions end, here and at the peer.
+    pub fn shutdown(&self) {
+        // Fails only if the peer has closed the connection already, which is as good.
+        //
+        // SAFETY: `sock` is valid by the type invariant.
+        unsafe {
+            bindings::kernel_sock_shutdown(
+                self.sock.as_ptr(),
+                bindings::sock_shutdown_cmd_SHUT_RDWR,
+            )
+        };
+    }
+}
+
+impl Drop for StreamSocket {
+    fn drop(&mut self) {
+        // SAFETY: `sock` is valid by the type invariant; the file of a socket never changes.
+        let file = unsafe { (*self.sock.as_ptr()).file };
+        // SAFETY: By the type invariant we own a reference to the file.
+        unsafe { bindings::fput(file) };
+    }
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What commands do.
+
+use kernel::prelude::*;
+use kvmi_abi::{
+    command::{
+        Features,
+        GetVersionReply,
+        VmInfo,
+        MAX_MEMORY_ACCESS, //
+    },
+    wire,
+    KvmiError,
+    Policy,
+    Request, //
+};
+use zerocopy::IntoBytes;
+
+use crate::{
+    kvm::Provider,
+    session::Session, //
+};
+
+/// Where the data of a reply is put together.
+pub(crate) struct Scratch(KVec<u8>);
+
+impl Scratch {
+    /// Allocates one.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self(KVec::from_elem(0, MAX_MEMORY_ACCESS, GFP_KERNEL)?))
+    }
+
+    /// Puts `value` in and returns its bytes.
+    fn put<T: IntoBytes + zerocopy::Immutable>(&mut self, value: &T) -> Result<&[u8], KvmiError> {
+        let bytes = value.as_bytes();
+        let slot = self.0.get_mut(..bytes.len()).ok_or(KvmiError::TooBig)?;
+        slot.copy_from_slice(bytes);
+        Ok(slot)
+    }
+}
+
+/// Executes `request` and returns the data of the reply. May sleep.
+pub(crate) fn execute<'a>(
+    session: &Session,
+    policy: &Policy,
+    request: Request<'_>,
+    scratch: &'a mut Scratch,
+) -> Result<&'a [u8], KvmiError> {
+    const NOTHING: &[u8] = &[];
+
+    match request {
+        Request::GetVersion => scratch.put(&GetVersionReply {
+            version: wire::VERSION,
+            // Lossless: the constant is 8184.
+            max_msg_size: wire::MAX_MSG_SIZE as u32,
+            features: Features::default(),
+        }),
+        Request::CheckCommand(id) => policy.check_command(id).map(|()| NOTHING),
+        Request::CheckEvent(id) => policy.check_event(id).map(|()| NOTHING),
+        Request::GetInfo => scratch.put(&VmInfo {
+            vcpu_count: session.vm().vcpu_count()?,
+            padding: [0; 3],
+        }),
+        Request::ControlEvents { event, enable } => {
+            session.control_event(event, enable);
+            Ok(NOTHING)
+        }
+        Request::ReadPhysical { gpa, len } => {
+            let buf = scratch.0.get_mut(..len).ok_or(KvmiError::Inval)?;
+            session.vm().read(gpa, buf)?;
+            Ok(buf)
+        }
+        Request::WritePhysical { gpa, data } => {
+            session.vm().write(gpa, data)?;
+            Ok(NOTHING)
+        }
+        Request::ControlCleanup { enable } => {
+            session.control_cleanup(enable);
+            Ok(NOTHING)
+        }
+    }
+}

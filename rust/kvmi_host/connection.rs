@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The connection to a tool.
+//!
+//! One thread receives, several send. A message is sent as a whole or the connection is shut down,
+//! so that the stream is never out of step.
+
+use kernel::{
+    new_condvar,
+    new_mutex,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        CondVar,
+        CondVarTimeoutResult,
+        Mutex, //
+    },
+    time::msecs_to_jiffies, //
+};
+use kvmi_abi::{
+    event::{
+        EventSeq,
+        VmEventMessage, //
+    },
+    wire::{
+        Header,
+        ReplyHead, //
+    },
+    Event,
+    KvmiError, //
+};
+use kvmi_common::socket::{
+    StreamSocket,
+    Wait, //
+};
+use zerocopy::{
+    FromZeros,
+    IntoBytes, //
+};
+
+/// How long the sender of an event of the VM waits for its turn, in milliseconds. It is a thread
+/// of the VMM, which must not hang because a tool does not read.
+const EVENT_PATIENCE_MS: u32 = 1000;
+
+/// What senders share.
+#[derive(Default)]
+struct Outgoing {
+    /// Somebody is sending.
+    busy: bool,
+    seq: EventSeq,
+}
+
+/// A connection to a tool.
+#[pin_data]
+pub(crate) struct Connection {
+    socket: StreamSocket,
+    #[pin]
+    outgoing: Mutex<Outgoing>,
+    /// Notified when `outgoing` is not busy any more.
+    #[pin]
+    turn: CondVar,
+    closed: Atomic<bool>,
+}
+
+/// The right to send. Not a lock guard, since sending may take as long as the tool likes and a
+/// waiting thread must stay interruptible.
+struct Turn<'a>(&'a Connection);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.outgoing.lock().busy = false;
+        self.0.turn.notify_one();
+    }
+}
+
+impl Connection {
+    /// Creates a connection over `socket`.
+    pub(crate) fn new(socket: StreamSocket) -> impl PinInit<Self> {
+        pin_init!(Self {
+            socket,
+            outgoing <- new_mutex!(Outgoing::default(), "Connection::outgoing"),
+            turn <- new_condvar!("Connection::turn"),
+            closed: Atomic::new(false),
+        })
+    }
+
+    /// Whether the connection is over.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Relaxed)
+    }
+
+    /// Ends the connection, and with it every reception and transmission under way.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Relaxed);
+        self.socket.shutdown();
+    }
+
+    /// Receives the header of the next message, or `None` at the end of the stream.
+    pub(crate) fn recv_header(&self) -> Result<Option<Header>> {
+        let mut header = Header::new_zeroed();
+        let more = self.socket.recv_exact(header.as_mut_bytes())?;
+        Ok(more.then_some(header))
+    }
+
+    /// Receives the payload of a message, all of `buf`.
+    pub(crate) fn recv_payload(&self, buf: &mut [u8]) -> Result {
+        if buf.is_empty() || self.socket.recv_exact(buf)? {
+            Ok(())
+        } else {
+            Err(EPIPE)
+        }
+    }
+
+    /// Sends the reply to `request`; closes the connection if that fails.
+    ///
+    /// For the receive thread: sleeps until the tool reads, the connection is closed or the thread
+    /// is killed.
+    pub(crate) fn reply(&self, request: &Header, result: Result<&[u8], KvmiError>) -> Result {
+        let (head, data) = match result {
+            Ok(data) => (
+                ReplyHead::success(request, data.len()).ok_or(EMSGSIZE)?,
+                data,
+            ),
+            Err(error) => (ReplyHead::failure(request, error), &[][..]),
+        };
+        let _turn = self.wait_for_turn()?;
+        self.send([head.as_bytes(), data], Wait::ForRoom)
+    }
+
+    /// Sends an event of the VM; closes the connection if the tool has left no room for it.
+    ///
+    /// Sleeps [`EVENT_PATIENCE_MS`] at most. Fails with `EAGAIN` if the tool does not read.
+    pub(crate) fn send_vm_event(&self, event: Event) -> Result {
+        let turn = self.wait_for_turn_shortly()?;
+        let seq = turn.0.outgoing.lock().seq.advance();
+        self.send([VmEventMessage::new(event, seq).as_bytes()], Wait::Never)
+    }
+
+    /// Sends while the caller has the turn.
+    fn send<const N: usize>(&self, parts: [&[u8]; N], wait: Wait) -> Result {
+        self.socket.send(parts, wait).inspect_err(|_| self.close())
+    }
+
+    fn wait_for_turn(&self) -> Result<Turn<'_>> {
+        let mut outgoing = self.outgoing.lock();
+        while outgoing.busy {
+            if self.turn.wait_interruptible(&mut outgoing) {
+                return Err(EINTR);
+            }
+        }
+        outgoing.busy = true;
+        Ok(Turn(self))
+    }
+
+    fn wait_for_turn_shortly(&self) -> Result<Turn<'_>> {
+        let mut outgoing = self.outgoing.lock();
+        let mut left = msecs_to_jiffies(EVENT_PATIENCE_MS);
+        while outgoing.busy {
+            match self.turn.wait_interruptible_timeout(&mut outgoing, left) {
+                CondVarTimeoutResult::Woken { jiffies } => left = jiffies,
+                CondVarTimeoutResult::Timeout => return Err(EAGAIN),
+                CondVarTimeoutResult::Signal { .. } => return Err(EINTR),
+            }
+        }
+        outgoing.busy = true;
+        Ok(Turn(self))
+    }
+}

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The KVM series as safe Rust: everything in this module that talks to kvm.ko.
+//!
+//! C header: `include/linux/kvm_introspection.h`, added by `patches/`.
+
+mod provider;
+mod vm;
+
+pub(crate) use provider::{
+    Attachment,
+    Provider,
+    Registration,
+    SlotChange, //
+};
+pub(crate) use vm::{
+    AttachedVm,
+    Vm,
+    VmId,
+    VmRef, //
+};

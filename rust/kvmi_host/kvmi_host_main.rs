@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The host side of KVM introspection: hooks VMs to tools.
+//!
+//! ```text
+//!   VMM --- VM fd ioctls --- kvm.ko --.                          .-- receive thread -- socket -- tool
+//!                                     +-- Session (one per VM) --+
+//!   kvmictl --- /dev/kvmi ioctls -----'                          '-- vCPU threads (callbacks)
+//! ```
+//!
+//! * [`kvm`] is the only part that talks to kvm.ko.
+//! * [`session`] is a hooked VM: who may do what, and the order of setting up and tearing down.
+//! * [`receiver`] is the thread that serves the tool; [`command`] is what it does.
+//! * [`connection`] is the tool's socket: who may send, and when it is over.
+//! * [`ioctl`] and [`device`] are the two doors through which a VM gets hooked.
+
+mod command;
+mod connection;
+mod device;
+mod ioctl;
+mod kvm;
+mod receiver;
+mod registry;
+mod session;
+#[cfg(CONFIG_KUNIT)]
+mod tests;
+
+use kernel::{
+    miscdevice::MiscDeviceOptions,
+    prelude::*, //
+};
+use kvmi_common::miscdev::OwnedMiscDevice;
+
+use crate::{
+    device::DeviceFile,
+    kvm::Registration,
+    session::Session, //
+};
+
+module! {
+    type: KvmiHost,
+    name: "kvmi_host",
+    authors: ["The KVMI maintainers"],
+    description: "Virtual-machine introspection for KVM",
+    license: "GPL",
+}
+
+/// The loaded module. Fields are dropped in the order of their declaration: first nobody can open
+/// the device any more, then kvm.ko forgets us. No VM is hooked by then, since a hooked VM and an
+/// open file keep the module loaded.
+#[pin_data]
+struct KvmiHost {
+    #[pin]
+    _device: OwnedMiscDevice<DeviceFile>,
+    _provider: Registration<Session>,
+}
+
+impl kernel::InPlaceModule for KvmiHost {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            _: {
+                // SAFETY: A module is initialised once, and nothing uses the registry before it
+                // has a device and a provider.
+                unsafe { registry::init() };
+            },
+            _provider: Registration::new(module)?,
+            _device <- OwnedMiscDevice::register(MiscDeviceOptions { name: c"kvmi" }, module),
+        })
+    }
+}

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The thread that serves a tool.
+
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::Relaxed,
+        Arc, //
+    }, //
+};
+use kvmi_abi::{
+    wire::MAX_MSG_SIZE,
+    Reject,
+    Request, //
+};
+use kvmi_common::kthread::KThread;
+
+use crate::{
+    command::{
+        self,
+        Scratch, //
+    },
+    connection::Connection,
+    session::Session, //
+};
+
+/// The receive thread of a session. Dropping it closes the connection, then ends the thread.
+pub(crate) struct Receiver {
+    connection: Arc<Connection>,
+    _thread: KThread,
+}
+
+impl Receiver {
+    /// Starts serving the tool of `session`.
+    pub(crate) fn start(session: Arc<Session>) -> Result<Self> {
+        let connection = session.connection().clone();
+        let mut buffers = Buffers::new()?;
+
+        Ok(Self {
+            connection,
+            _thread: KThread::run(c"kvmi-recv", move || {
+                // Whatever ended the service, the tool and the VMM learn it from the socket.
+                let _ = serve(&session, &mut buffers);
+                session.connection().close();
+            })?,
+        })
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.connection.close();
+    }
+}
+
+/// The memory that serving needs, allocated once.
+struct Buffers {
+    payload: KVVec<u8>,
+    scratch: Scratch,
+}
+
+impl Buffers {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            payload: KVVec::from_elem(0, MAX_MSG_SIZE, GFP_KERNEL)?,
+            scratch: Scratch::new()?,
+        })
+    }
+}
+
+/// Serves messages until the stream ends or cannot be trusted any more.
+fn serve(session: &Session, buffers: &mut Buffers) -> Result {
+    let connection = session.connection();
+
+    while let Some(header) = connection.recv_header()? {
+        let len = header.payload_len().ok_or(EMSGSIZE)?;
+        let payload = buffers.payload.get_mut(..len).ok_or(EMSGSIZE)?;
+        connection.recv_payload(payload)?;
+        session.counters().commands.fetch_add(1, Relaxed);
+
+        let policy = session.policy();
+        let result = match Request::parse(&header, payload, &policy) {
+            Ok(request) => command::execute(session, &policy, request, &mut buffers.scratch),
+            Err(Reject::Reply(error)) => Err(error),
+            Err(Reject::Close(_)) => return Ok(()),
+        };
+        connection.reply(&header, result)?;
+    }
+    Ok(())
+}

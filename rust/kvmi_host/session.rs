@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A hooked VM.
+//!
+//! Lock order: [`Session::hooked`], then what kvm.ko takes when it attaches and detaches, then
+//! everything else of this module. The callbacks of vCPUs and memory slots, which kvm.ko makes
+//! with its own locks held, take none of these.
+
+use kernel::{
+    current,
+    new_mutex,
+    new_spinlock,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        ArcBorrow,
+        Mutex,
+        SpinLock, //
+    },
+    task::Pid, //
+};
+use kvmi_abi::{
+    ioctl::Feature,
+    policy::{
+        FeatureError,
+        MaskChange, //
+    },
+    Event,
+    Policy, //
+};
+use kvmi_common::socket::StreamSocket;
+
+use crate::{
+    connection::Connection,
+    ioctl,
+    kvm::{
+        AttachedVm,
+        Attachment,
+        Provider,
+        SlotChange,
+        Vm,
+        VmId, //
+    },
+    receiver::Receiver,
+    registry, //
+};
+
+/// Who is hooked to whom, as given when the VM was hooked.
+#[derive(Clone, Copy)]
+pub(crate) struct Identity {
+    /// Names the VM in diagnostics.
+    pub(crate) uuid: [u8; 16],
+    /// Process that hooked the VM, in the initial pid namespace.
+    pub(crate) hooked_by: Pid,
+}
+
+/// What has happened since the VM was hooked.
+pub(crate) struct Counters {
+    pub(crate) commands: Atomic<u64>,
+    pub(crate) events: Atomic<u64>,
+    pub(crate) memslot_changes: Atomic<u64>,
+    pub(crate) vcpus_served: Atomic<u32>,
+}
+
+/// What exists as long as the VM is hooked. Fields are dropped in the order of their declaration.
+struct Hooked {
+    /// Nothing serves the tool any more …
+    _receiver: Receiver,
+    /// … then kvm.ko has nobody to call …
+    _attachment: Attachment<Session>,
+    /// … and only then the VM can be hooked again, or be destroyed.
+    _entry: registry::Entry,
+}
+
+/// A VM that is hooked, or was.
+///
+/// `Hooked` refers back to the session from three places (the receive thread, kvm.ko, the
+/// registry); [`Session::unhook`] cuts these cycles.
+#[pin_data]
+pub(crate) struct Session {
+    vm_id: VmId,
+    identity: Identity,
+    connection: Arc<Connection>,
+    counters: Counters,
+    /// The tool wants to be told of a coming unhook.
+    unhook_event: Atomic<bool>,
+    /// Whether unhooking restores interceptions; nothing is intercepted so far.
+    cleanup: Atomic<bool>,
+    #[pin]
+    vm: AttachedVm,
+    #[pin]
+    policy: SpinLock<Policy>,
+    #[pin]
+    hooked: Mutex<Option<Hooked>>,
+}
+
+impl Session {
+    /// Hooks `vm` to the tool at the other end of the socket `fd` of the current process.
+    ///
+    /// Fails with `EEXIST` if the VM is hooked, `EINVAL` if `fd` is not a connected stream socket,
+    /// `EOPNOTSUPP` if the VM cannot be introspected.
+    pub(crate) fn hook(vm: &Vm, fd: i32, uuid: [u8; 16]) -> Result<Arc<Self>> {
+        // The protocol wants this error before one about the socket.
+        if registry::find(vm.id()).is_some() {
+            return Err(EEXIST);
+        }
+        let connection = Arc::pin_init(Connection::new(StreamSocket::from_fd(fd)?), GFP_KERNEL)?;
+        let identity = Identity {
+            uuid,
+            hooked_by: current!().group_leader().pid(),
+        };
+        let session = Arc::pin_init(
+            pin_init!(Self {
+                vm_id: vm.id(),
+                identity,
+                connection,
+                counters: Counters {
+                    commands: Atomic::new(0),
+                    events: Atomic::new(0),
+                    memslot_changes: Atomic::new(0),
+                    vcpus_served: Atomic::new(0),
+                },
+                unhook_event: Atomic::new(false),
+                cleanup: Atomic::new(true),
+                vm <- AttachedVm::new(),
+                policy <- new_spinlock!(Policy::default(), "Session::policy"),
+                hooked <- new_mutex!(None, "Session::hooked"),
+            }),
+            GFP_KERNEL,
+        )?;
+
+        // In the reverse order of `Hooked`, so that a failure undoes what was done. The lock makes
+        // whoever finds the session in the registry wait until it is hooked or not.
+        let mut hooked = session.hooked.lock();
+        let entry = registry::Entry::new(session.clone())?;
+        let attachment = Attachment::new(vm, session.clone())?;
+        let receiver = Receiver::start(session.clone())?;
+        *hooked = Some(Hooked {
+            _receiver: receiver,
+            _attachment: attachment,
+            _entry: entry,
+        });
+        drop(hooked);
+        Ok(session)
+    }
+
+    /// Unhooks the VM; does nothing if it is not hooked (any more).
+    ///
+    /// When this returns the VM can be hooked again. Waits for callbacks and for a command that is
+    /// being executed, neither for the tool nor for the VMM.
+    pub(crate) fn unhook(&self) {
+        let mut hooked = self.hooked.lock();
+        drop(hooked.take());
+    }
+
+    /// Whether the VM is hooked by this session.
+    pub(crate) fn is_hooked(&self) -> bool {
+        self.hooked.lock().is_some()
+    }
+
+    /// Tells the tool that the VM is about to be unhooked.
+    ///
+    /// Fails with `EFAULT` if the VM is not hooked, `ENOENT` if the tool cannot be told.
+    pub(crate) fn preunhook(&self) -> Result {
+        if !self.is_hooked() {
+            return Err(EFAULT);
+        }
+        let wanted = self.unhook_event.load(Relaxed);
+        if !wanted || !self.policy().allows_event(Event::Unhook) {
+            return Err(ENOENT);
+        }
+        self.connection
+            .send_vm_event(Event::Unhook)
+            .map_err(|_| ENOENT)?;
+        self.counters.events.fetch_add(1, Relaxed);
+        Ok(())
+    }
+
+    /// Changes which commands the tool may use.
+    pub(crate) fn change_commands(&self, change: MaskChange) -> Result {
+        self.policy
+            .lock()
+            .change_commands(change)
+            .map_err(feature_errno)
+    }
+
+    /// Changes which events the tool may get.
+    pub(crate) fn change_events(&self, change: MaskChange) {
+        self.policy.lock().change_events(change);
+    }
+
+    /// Returns what the tool may do at the moment.
+    pub(crate) fn policy(&self) -> Policy {
+        *self.policy.lock()
+    }
+
+    /// Switches an event of the VM on or off.
+    pub(crate) fn control_event(&self, event: Event, enable: bool) {
+        if event == Event::Unhook {
+            self.unhook_event.store(enable, Relaxed);
+        }
+    }
+
+    /// Sets whether unhooking restores interceptions.
+    pub(crate) fn control_cleanup(&self, enable: bool) {
+        self.cleanup.store(enable, Relaxed);
+    }
+
+    pub(crate) fn vm_id(&self) -> VmId {
+        self.vm_id
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+}
+
+/// Tells a VMM why a change of an allow mask is refused.
+fn feature_errno(error: FeatureError) -> Error {
+    match error {
+        FeatureError::Invalid => EINVAL,
+        FeatureError::AlwaysAllowed => EPERM,
+    }
+}
+
+/// Checks the argument of a COMMAND ioctl.
+pub(crate) fn command_change(feature: &Feature) -> Result<MaskChange> {
+    MaskChange::of_commands(feature).map_err(feature_errno)
+}
+
+/// Checks the argument of an EVENT ioctl.
+pub(crate) fn event_change(feature: &Feature) -> Result<MaskChange> {
+    MaskChange::of_events(feature).map_err(feature_errno)
+}
+
+/// A vCPU of a hooked VM.
+pub(crate) struct Vcpu {
+    session: Arc<Session>,
+    /// It has served a request, so its thread is in `KVM_RUN` or has been.
+    served: Atomic<bool>,
+}
+
+impl Provider for Session {
+    type Vcpu = Vcpu;
+
+    const VERSION: u32 = kvmi_abi::wire::VERSION;
+
+    fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
+        ioctl::vm_ioctl(vm, cmd, arg)
+    }
+
+    fn vm_destroy(vm: &Vm) {
+        if let Some(session) = registry::find(vm.id()) {
+            session.unhook();
+        }
+    }
+
+    fn vm(&self) -> &AttachedVm {
+        &self.vm
+    }
+
+    fn vcpu_create(this: ArcBorrow<'_, Self>, _index: u32) -> Result<KBox<Vcpu>> {
+        let vcpu = Vcpu {
+            session: this.into(),
+            served: Atomic::new(false),
+        };
+        Ok(KBox::new(vcpu, GFP_KERNEL)?)
+    }
+
+    fn memslot(&self, _change: SlotChange) {
+        self.counters.memslot_changes.fetch_add(1, Relaxed);
+    }
+
+    fn vcpu_work(vcpu: &Vcpu) -> Result {
+        if !vcpu.served.xchg(true, Relaxed) {
+            vcpu.session.counters.vcpus_served.fetch_add(1, Relaxed);
+        }
+        Ok(())
+    }
+}
