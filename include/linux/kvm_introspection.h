@@ -113,6 +113,7 @@ int kvmi_vm_may_attach(struct kvm *kvm);
 int kvmi_vm_attach(struct kvm *kvm, void *vm_priv);
 void kvmi_vm_detach(struct kvm *kvm);
 void kvmi_vm_get_info(struct kvm *kvm, struct kvmi_vm_info *info);
+int kvmi_vm_next_memory(struct kvm *kvm, u64 gpa, u64 *start, u64 *size);
 int kvmi_vm_read_gpa(struct kvm *kvm, u64 gpa, void *buf, u32 len);
 int kvmi_vm_write_gpa(struct kvm *kvm, u64 gpa, const void *buf, u32 len);
 

@@ -2,8 +2,9 @@
 
 //! The interface of `/dev/kvmi`, for VMMs that know nothing of introspection.
 //!
-//! An open file hooks at most one VM and unhooks it when it is closed. After [`ATTACH`] the
-//! ioctls of [`crate::ioctl`] other than HOOK work on the file as they do on a VM file descriptor.
+//! An open file hooks at most one VM and unhooks it when it is closed. The ioctls of
+//! [`crate::ioctl`] other than HOOK work on the file as they do on a VM file descriptor; while
+//! nothing is hooked, COMMAND and EVENT say what holds from the next [`ATTACH`] on.
 
 use zerocopy_derive::{
     FromBytes,
@@ -21,6 +22,9 @@ pub const KVMI_IO: u32 = 0xB9;
 pub const ATTACH: u32 = crate::ioctl::iow::<Attach>(KVMI_IO, 0x00);
 /// Describes a VM: takes and gives back a [`VmStatus`].
 pub const VM_STATUS: u32 = iowr::<VmStatus>(KVMI_IO, 0x01);
+/// Tells where a VM has memory: takes and gives back a [`VmMemory`]; fails with `ENOENT` if there
+/// is none from the address given on.
+pub const VM_MEMORY: u32 = iowr::<VmMemory>(KVMI_IO, 0x02);
 
 /// Argument of [`ATTACH`] (`kvmi_dev_attach`).
 #[derive(
@@ -77,6 +81,22 @@ pub struct VmStatus {
     pub uuid: [u8; 16],
 }
 
+/// Argument of [`VM_MEMORY`] (`kvmi_dev_vm_memory`).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct VmMemory {
+    /// VM file descriptor, in the calling process.
+    pub vm_fd: i32,
+    /// 0.
+    pub padding: u32,
+    /// In: where to look from on. Out: begin of the lowest memory slot that ends after that.
+    pub gpa: u64,
+    /// Out: bytes that the slot has.
+    pub size: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,5 +105,6 @@ mod tests {
     fn ioctl_numbers_carry_the_size_of_their_argument() {
         assert_eq!(ATTACH, 0x4020_B900);
         assert_eq!(VM_STATUS, 0xC050_B901);
+        assert_eq!(VM_MEMORY, 0xC018_B902);
     }
 }

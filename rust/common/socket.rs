@@ -57,12 +57,14 @@ impl StreamSocket {
     fn is_connected_stream(&self) -> bool {
         // SAFETY: `sock` is valid by the type invariant; the type never changes.
         let ty = unsafe { (*self.sock.as_ptr()).type_ };
-        // SAFETY: `sock` is valid by the type invariant; a state that changes meanwhile is as
-        // good as one that changes right after.
-        let state = unsafe { (&raw const (*self.sock.as_ptr()).state).read_volatile() };
+        let mut peer = bindings::__kernel_sockaddr_storage::default();
+        // Not every family keeps `socket::state` up to date, but all know their peer.
+        //
+        // SAFETY: `sock` is valid by the type invariant, and there is room for any address.
+        let ret =
+            unsafe { bindings::kernel_getpeername(self.sock.as_ptr(), (&raw mut peer).cast()) };
 
-        u32::try_from(ty) == Ok(bindings::sock_type_SOCK_STREAM)
-            && state == bindings::socket_state_SS_CONNECTED
+        u32::try_from(ty) == Ok(bindings::sock_type_SOCK_STREAM) && ret >= 0
     }
 
     /// Receives exactly `buf.len()` bytes.

@@ -16,13 +16,22 @@ use kernel::{
         Mutex, //
     }, //
 };
-use kvmi_abi::dev::{
-    Attach,
-    VmStatus,
-    ATTACH,
-    STATUS_DISCONNECTED,
-    STATUS_HOOKED,
-    VM_STATUS, //
+use kvmi_abi::{
+    dev::{
+        Attach,
+        VmMemory,
+        VmStatus,
+        ATTACH,
+        STATUS_DISCONNECTED,
+        STATUS_HOOKED,
+        VM_MEMORY,
+        VM_STATUS, //
+    },
+    ioctl::{
+        COMMAND,
+        EVENT, //
+    },
+    Policy, //
 };
 
 use crate::{
@@ -33,14 +42,27 @@ use crate::{
     },
     kvm::VmRef,
     registry,
-    session::Session, //
+    session::{
+        command_change,
+        event_change,
+        feature_errno,
+        Session, //
+    }, //
 };
+
+/// What an open file has.
+#[derive(Default)]
+struct State {
+    session: Option<Arc<Session>>,
+    /// What the tool may do from its first command on, if a VM gets hooked.
+    policy: Policy,
+}
 
 /// An open file of the device. Closing it unhooks the VM that was hooked through it.
 #[pin_data(PinnedDrop)]
 pub(crate) struct DeviceFile {
     #[pin]
-    session: Mutex<Option<Arc<Session>>>,
+    state: Mutex<State>,
 }
 
 #[vtable]
@@ -50,7 +72,7 @@ impl MiscDevice for DeviceFile {
     fn open(_file: &File, _misc: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
         KBox::pin_init(
             pin_init!(Self {
-                session <- new_mutex!(None, "DeviceFile::session"),
+                state <- new_mutex!(State::default(), "DeviceFile::state"),
             }),
             GFP_KERNEL,
         )
@@ -64,10 +86,18 @@ impl MiscDevice for DeviceFile {
                 write_arg(arg, &status)?;
                 Ok(0)
             }
+            VM_MEMORY => {
+                let memory = vm_memory(read_arg(arg)?)?;
+                write_arg(arg, &memory)?;
+                Ok(0)
+            }
             _ => {
                 // Not under the lock: the session has its own, and PREUNHOOK may sleep.
-                let session = me.session.lock().clone();
-                session_ioctl(session, cmd, arg)
+                let session = me.state.lock().session.clone();
+                match session.filter(|s| s.is_hooked()) {
+                    Some(session) => session_ioctl(Some(session), cmd, arg),
+                    None => me.prepare(cmd, arg),
+                }
             }
         }
     }
@@ -78,25 +108,47 @@ impl DeviceFile {
         if attach.flags != 0 || attach.padding != 0 {
             return Err(EINVAL);
         }
-        let mut session = self.session.lock();
-        if session.as_ref().is_some_and(|s| s.is_hooked()) {
+        let mut state = self.state.lock();
+        if state.session.as_ref().is_some_and(|s| s.is_hooked()) {
             return Err(EEXIST);
         }
         let vm = VmRef::from_fd(attach.vm_fd)?;
         vm.may_attach()?;
-        let old = session.replace(Session::hook(&vm, attach.socket_fd, attach.uuid)?);
+        let session = Session::hook(&vm, attach.socket_fd, attach.uuid, state.policy)?;
+        let old = state.session.replace(session);
         // Putting the last reference to the VM unhooks it, and the old session goes with its
         // socket: not under the lock.
-        drop(session);
+        drop(state);
         drop(old);
         Ok(0)
+    }
+
+    /// Serves an ioctl while nothing is hooked: the masks are for the VM that gets hooked next.
+    ///
+    /// A tool may send its commands as soon as it is connected, and would see them refused if the
+    /// masks could be set only later.
+    fn prepare(&self, cmd: u32, arg: usize) -> Result<isize> {
+        match cmd {
+            COMMAND => {
+                let change = command_change(&read_arg(arg)?)?;
+                let policy = &mut self.state.lock().policy;
+                policy.change_commands(change).map_err(feature_errno)?;
+                Ok(0)
+            }
+            EVENT => {
+                let change = event_change(&read_arg(arg)?)?;
+                self.state.lock().policy.change_events(change);
+                Ok(0)
+            }
+            _ => session_ioctl(None, cmd, arg),
+        }
     }
 }
 
 #[pinned_drop]
 impl PinnedDrop for DeviceFile {
     fn drop(self: Pin<&mut Self>) {
-        let session = self.session.lock().take();
+        let session = self.state.lock().session.take();
         if let Some(session) = session {
             session.unhook();
         }
@@ -132,4 +184,17 @@ fn vm_status(request: VmStatus) -> Result<VmStatus> {
         status.memslot_changes = counters.memslot_changes.load(Relaxed);
     }
     Ok(status)
+}
+
+/// Tells where the VM behind the file descriptor in `request` has memory.
+fn vm_memory(request: VmMemory) -> Result<VmMemory> {
+    if request.padding != 0 {
+        return Err(EINVAL);
+    }
+    let (gpa, size) = VmRef::from_fd(request.vm_fd)?.next_memory(request.gpa)?;
+    Ok(VmMemory {
+        gpa,
+        size,
+        ..request
+    })
 }

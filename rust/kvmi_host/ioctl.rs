@@ -12,14 +12,17 @@ use kernel::{
         UserSlice, //
     }, //
 };
-use kvmi_abi::ioctl::{
-    Feature,
-    Hook,
-    COMMAND,
-    EVENT,
-    HOOK,
-    PREUNHOOK,
-    UNHOOK, //
+use kvmi_abi::{
+    ioctl::{
+        Feature,
+        Hook,
+        COMMAND,
+        EVENT,
+        HOOK,
+        PREUNHOOK,
+        UNHOOK, //
+    },
+    Policy, //
 };
 use zerocopy::{
     FromBytes,
@@ -59,7 +62,7 @@ pub(crate) fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
             if hook.padding != 0 {
                 return Err(EINVAL);
             }
-            Session::hook(vm, hook.fd, hook.uuid)?;
+            Session::hook(vm, hook.fd, hook.uuid, Policy::default())?;
             Ok(0)
         }
         _ => session_ioctl(registry::find(vm.id()), cmd, arg),

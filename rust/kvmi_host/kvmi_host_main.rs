@@ -48,6 +48,9 @@ module! {
 /// The loaded module. Fields are dropped in the order of their declaration: first nobody can open
 /// the device any more, then kvm.ko forgets us. No VM is hooked by then, since a hooked VM and an
 /// open file keep the module loaded.
+///
+/// The provider is registered first, as that is what can fail for a reason: another version of
+/// kvm.ko. A module whose initialisation fails goes without waiting for those who use it.
 #[pin_data]
 struct KvmiHost {
     #[pin]

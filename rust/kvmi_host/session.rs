@@ -99,11 +99,12 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Hooks `vm` to the tool at the other end of the socket `fd` of the current process.
+    /// Hooks `vm` to the tool at the other end of the socket `fd` of the current process, which
+    /// may do what `policy` says.
     ///
     /// Fails with `EEXIST` if the VM is hooked, `EINVAL` if `fd` is not a connected stream socket,
     /// `EOPNOTSUPP` if the VM cannot be introspected.
-    pub(crate) fn hook(vm: &Vm, fd: i32, uuid: [u8; 16]) -> Result<Arc<Self>> {
+    pub(crate) fn hook(vm: &Vm, fd: i32, uuid: [u8; 16], policy: Policy) -> Result<Arc<Self>> {
         // The protocol wants this error before one about the socket.
         if registry::find(vm.id()).is_some() {
             return Err(EEXIST);
@@ -127,7 +128,7 @@ impl Session {
                 unhook_event: Atomic::new(false),
                 cleanup: Atomic::new(true),
                 vm <- AttachedVm::new(),
-                policy <- new_spinlock!(Policy::default(), "Session::policy"),
+                policy <- new_spinlock!(policy, "Session::policy"),
                 hooked <- new_mutex!(None, "Session::hooked"),
             }),
             GFP_KERNEL,
@@ -228,7 +229,7 @@ impl Session {
 }
 
 /// Tells a VMM why a change of an allow mask is refused.
-fn feature_errno(error: FeatureError) -> Error {
+pub(crate) fn feature_errno(error: FeatureError) -> Error {
     match error {
         FeatureError::Invalid => EINVAL,
         FeatureError::AlwaysAllowed => EPERM,

@@ -226,8 +226,16 @@ struct kvmi_dev_vm_status {
 	__u8 uuid[16];
 };
 
+struct kvmi_dev_vm_memory {
+	__s32 vm_fd;
+	__u32 padding;
+	__u64 gpa;		/* in: from where on; out: begin of a slot */
+	__u64 size;		/* out */
+};
+
 #define KVMI_IO 0xB9
 #define KVMI_DEV_ATTACH    _IOW(KVMI_IO, 0x00, struct kvmi_dev_attach)
 #define KVMI_DEV_VM_STATUS _IOWR(KVMI_IO, 0x01, struct kvmi_dev_vm_status)
+#define KVMI_DEV_VM_MEMORY _IOWR(KVMI_IO, 0x02, struct kvmi_dev_vm_memory)
 
 #endif /* _UAPI_LINUX_KVMI_H */

@@ -59,6 +59,17 @@ impl Vm {
         info
     }
 
+    /// Returns begin and size, in bytes, of the lowest memory slot that ends after `gpa`, or
+    /// `ENOENT` if there is none. May sleep.
+    pub(crate) fn next_memory(&self, gpa: u64) -> Result<(u64, u64)> {
+        let (mut start, mut size) = (0, 0);
+        // SAFETY: `self` is a valid VM, `start` and `size` may be written to.
+        to_result(unsafe {
+            bindings::kvmi_vm_next_memory(self.as_ptr(), gpa, &mut start, &mut size)
+        })?;
+        Ok((start, size))
+    }
+
     /// Whether the current process may introspect this VM without the VMM's consent.
     ///
     /// Fails with `EPERM` unless it has CAP_SYS_ADMIN and could `ptrace()` the VMM, and with

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! `/dev/kvmi`: the ioctls, one function each.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    ops::Range,
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+};
+
+use kvmi_abi::{
+    dev::{self, Attach, VmMemory, VmStatus},
+    ioctl::{Feature, COMMAND, EVENT, PREUNHOOK, UNHOOK},
+    Command, Event,
+};
+use rustix::{
+    io::Errno,
+    ioctl::{ioctl, NoArg, Setter, Updater},
+};
+
+use crate::{attach_error::AttachError, Uuid};
+
+/// Where the module puts its device.
+pub const PATH: &str = "/dev/kvmi";
+
+/// Everything, in a change of an allow mask.
+const ALL: Feature = Feature { allow: 1, id: -1 };
+
+/// An open `/dev/kvmi`. It hooks at most one VM, until it is closed.
+#[derive(Debug)]
+pub struct Device(OwnedFd);
+
+impl Device {
+    /// Opens the device.
+    pub fn open() -> Result<Self, AttachError> {
+        match OpenOptions::new().read(true).write(true).open(PATH) {
+            Ok(file) => Ok(Self::from_file(file)),
+            Err(error) => Err(match Errno::from_io_error(&error) {
+                Some(Errno::NOENT | Errno::NXIO | Errno::NODEV) => AttachError::NoModule,
+                _ => AttachError::system("open /dev/kvmi", error),
+            }),
+        }
+    }
+
+    /// Takes over a file that the caller has opened, or has been given.
+    pub fn from_file(file: File) -> Self {
+        Self(file.into())
+    }
+
+    /// Hooks the VM behind `vm` to the other end of `socket`, neither of which it keeps.
+    pub fn attach(&self, vm: impl AsFd, socket: impl AsFd, uuid: Uuid) -> io::Result<()> {
+        let argument = Attach {
+            vm_fd: vm.as_fd().as_raw_fd(),
+            socket_fd: socket.as_fd().as_raw_fd(),
+            flags: 0,
+            padding: 0,
+            uuid: uuid.into_bytes(),
+        };
+        // SAFETY: ATTACH reads an `Attach`, and nothing else, through its argument.
+        let done = unsafe { ioctl(&self.0, Setter::<{ dev::ATTACH }, _>::new(argument)) };
+        Ok(done?)
+    }
+
+    /// Describes the VM behind `vm`, whoever has it hooked.
+    pub fn vm_status(&self, vm: impl AsFd) -> io::Result<VmStatus> {
+        let mut status = VmStatus {
+            vm_fd: vm.as_fd().as_raw_fd(),
+            ..Default::default()
+        };
+        // SAFETY: VM_STATUS reads and writes a `VmStatus`, for which any bytes will do, through
+        // its argument, and nothing else.
+        let done = unsafe {
+            let request = Updater::<{ dev::VM_STATUS }, VmStatus>::new(&mut status);
+            ioctl(&self.0, request)
+        };
+        done?;
+        Ok(status)
+    }
+
+    /// Returns the guest physical addresses of the lowest memory slot of the VM behind `vm` that
+    /// ends after `gpa`; nothing if there is none.
+    pub fn next_memory(&self, vm: impl AsFd, gpa: u64) -> io::Result<Option<Range<u64>>> {
+        let mut memory = VmMemory {
+            vm_fd: vm.as_fd().as_raw_fd(),
+            gpa,
+            ..Default::default()
+        };
+        // SAFETY: VM_MEMORY reads and writes a `VmMemory`, for which any bytes will do, through
+        // its argument, and nothing else.
+        let done = unsafe {
+            let request = Updater::<{ dev::VM_MEMORY }, VmMemory>::new(&mut memory);
+            ioctl(&self.0, request)
+        };
+        match done {
+            Ok(()) => Ok(Some(memory.gpa..memory.gpa.saturating_add(memory.size))),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Allows the tool all commands: that of the VM which is hooked, or gets hooked next.
+    ///
+    /// A hooked VM starts with next to nothing allowed, and a tool may send commands as soon as it
+    /// is connected: allow them before [`Self::attach`].
+    pub fn allow_all_commands(&self) -> Result<(), AttachError> {
+        self.change_commands(ALL)
+    }
+
+    /// Allows or disallows the tool a command; as for [`Self::allow_all_commands`].
+    pub fn allow_command(&self, command: Command, allow: bool) -> Result<(), AttachError> {
+        self.change_commands(feature(command.id(), allow))
+    }
+
+    /// Allows the tool all events; as for [`Self::allow_all_commands`].
+    pub fn allow_all_events(&self) -> Result<(), AttachError> {
+        self.change_events(ALL)
+    }
+
+    /// Allows or disallows the tool an event; as for [`Self::allow_all_commands`].
+    pub fn allow_event(&self, event: Event, allow: bool) -> Result<(), AttachError> {
+        self.change_events(feature(event.id(), allow))
+    }
+
+    fn change_commands(&self, feature: Feature) -> Result<(), AttachError> {
+        // SAFETY: COMMAND reads a `Feature`, and nothing else, through its argument.
+        let done = unsafe { ioctl(&self.0, Setter::<{ COMMAND }, _>::new(feature)) };
+        done.map_err(|errno| AttachError::system("change the allowed commands", errno))
+    }
+
+    fn change_events(&self, feature: Feature) -> Result<(), AttachError> {
+        // SAFETY: EVENT reads a `Feature`, and nothing else, through its argument.
+        let done = unsafe { ioctl(&self.0, Setter::<{ EVENT }, _>::new(feature)) };
+        done.map_err(|errno| AttachError::system("change the allowed events", errno))
+    }
+
+    /// Tells the tool that the VM is about to be unhooked.
+    pub fn pre_unhook(&self) -> io::Result<()> {
+        // SAFETY: PREUNHOOK takes no argument.
+        let done = unsafe { ioctl(&self.0, NoArg::<{ PREUNHOOK }>::new()) };
+        Ok(done?)
+    }
+
+    /// Unhooks the VM, if one is hooked.
+    pub fn unhook(&self) -> io::Result<()> {
+        // SAFETY: UNHOOK takes no argument.
+        let done = unsafe { ioctl(&self.0, NoArg::<{ UNHOOK }>::new()) };
+        Ok(done?)
+    }
+}
+
+fn feature(id: u16, allow: bool) -> Feature {
+    Feature {
+        allow: allow.into(),
+        id: id.into(),
+    }
+}

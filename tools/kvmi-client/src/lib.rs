@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! Client of KVMI, the introspection of KVM guests.
+//!
+//! A *tool* looks into a VM through a socket whose other end the kernel serves. There are two ways
+//! to get such a socket:
+//!
+//! * [`attach`]: hook a running VM through `/dev/kvmi`, whatever VMM it belongs to;
+//! * [`tool`]: wait for a VMM that knows introspection to connect and shake hands ([`vmm`] is the
+//!   VMM's part of that).
+//!
+//! Either way a [`Connection`] then speaks the protocol:
+//!
+//! ```no_run
+//! use kvmi_client::attach::Attachment;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (_attachment, mut vm) = Attachment::connect(4711)?;
+//! let mut start = [0; 16];
+//! vm.read_physical(0x10_0000, &mut start)?;
+//! println!("{} vCPUs, {start:02x?}", vm.get_info()?.vcpu_count);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What comes from the other end is checked and never causes a panic. All calls block, each for a
+//! bounded time.
+
+#![deny(missing_docs)]
+
+pub mod attach;
+mod attach_error;
+mod commands;
+mod connection;
+mod cookie;
+mod decoder;
+pub mod device;
+pub mod discover;
+mod error;
+mod event;
+mod io;
+mod memory;
+pub mod qemu;
+pub mod tool;
+pub mod vmm;
+
+pub use attach_error::AttachError;
+pub use connection::{Connection, DEFAULT_TIMEOUT};
+pub use cookie::Cookie;
+pub use decoder::{Decoder, Message};
+pub use error::{Error, ProtocolError, Result};
+pub use event::{Event, VcpuEvent};
+pub use kvmi_abi as abi;
+pub use kvmi_abi::{Command, Event as EventId, KvmiError};
+pub use memory::{pages, Bytes, Piece, PAGE_SIZE};
+pub use uuid::Uuid;

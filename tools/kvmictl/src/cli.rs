@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! The command line.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kvmi_client::{Command as Kvmi, EventId, Uuid};
+
+use crate::{
+    allow::{self, Allowed},
+    number,
+};
+
+/// Looks into running KVM guests, whatever VMM runs them.
+///
+/// Needs the module kvmi_host in the host's kernel and, except for `list`, the rights of root.
+#[derive(Debug, Parser)]
+#[command(name = "kvmictl", version, max_term_width = 100)]
+pub struct Cli {
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the VMs that run on this host.
+    List,
+    /// Show what a VM is and what may be done with it.
+    Info(Info),
+    /// Print guest memory.
+    Read(Read),
+    /// Change guest memory.
+    Write(Write),
+    /// Save guest memory to a file.
+    ///
+    /// The guest runs on meanwhile, so the pages are not all of the same moment. Where the guest
+    /// has no memory, the file has holes.
+    Dump(Dump),
+    /// Search guest memory.
+    ///
+    /// Prints the guest physical address of each occurrence, those across pages included.
+    Find(Find),
+    /// Hook a VM to a tool that listens on a socket.
+    ///
+    /// Plays the part of a VMM that knows introspection: connects to the tool, shakes hands, hooks
+    /// the VM, and waits until the tool hangs up, the VM ends or a signal comes.
+    Attach(Attach),
+}
+
+/// Which VM; not needed if only one runs.
+#[derive(Args, Clone, Debug, Default)]
+#[group(skip)]
+pub struct Selector {
+    /// The VM of this process.
+    #[arg(long, value_name = "PID", group = "vm", help_heading = "Which VM")]
+    pub pid: Option<i32>,
+    /// The VM with this UUID (QEMU's -uuid).
+    #[arg(long, value_name = "UUID", group = "vm", help_heading = "Which VM")]
+    pub uuid: Option<Uuid>,
+    /// The VM with this name (QEMU's -name).
+    #[arg(long, value_name = "NAME", group = "vm", help_heading = "Which VM")]
+    pub name: Option<String>,
+    /// Which one, in a process with several VMs: the number of its file descriptor there.
+    #[arg(long, value_name = "N", help_heading = "Which VM")]
+    pub vm_fd: Option<i32>,
+}
+
+/// Arguments of `info`.
+#[derive(Args, Debug)]
+pub struct Info {
+    #[command(flatten)]
+    pub vm: Selector,
+}
+
+/// How memory is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Addresses, hexadecimal numbers and characters.
+    Hex,
+    /// The bytes as they are.
+    Raw,
+    /// Characters only, others than ASCII as dots.
+    Text,
+}
+
+/// Arguments of `read`.
+#[derive(Args, Debug)]
+pub struct Read {
+    #[command(flatten)]
+    pub vm: Selector,
+    /// First guest physical address, such as 0x100000 or 1M.
+    #[arg(value_parser = number::parse)]
+    pub gpa: u64,
+    /// Number of bytes, such as 64, 0x40 or 4K.
+    #[arg(value_parser = number::parse)]
+    pub len: u64,
+    /// How to print them.
+    #[arg(long, value_enum, default_value_t = Format::Hex)]
+    pub format: Format,
+}
+
+/// Arguments of `write`.
+#[derive(Args, Debug)]
+pub struct Write {
+    #[command(flatten)]
+    pub vm: Selector,
+    /// First guest physical address, such as 0x100000 or 1M.
+    #[arg(value_parser = number::parse)]
+    pub gpa: u64,
+    #[command(flatten)]
+    pub data: Data,
+}
+
+/// What `write` writes.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub struct Data {
+    /// Write these bytes, such as "90 90 c3".
+    #[arg(long, value_name = "BYTES", value_parser = number::parse_hex)]
+    pub hex: Option<Bytes>,
+    /// Write this text, without anything behind it.
+    #[arg(long, value_name = "TEXT", value_parser = number::parse_text)]
+    pub text: Option<Bytes>,
+    /// Write the contents of this file ("-" is the standard input).
+    #[arg(long)]
+    pub file: Option<PathBuf>,
+}
+
+/// Bytes, one or more. (A type of its own, since an argument of type `Vec` is taken for a list.)
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bytes(pub Vec<u8>);
+
+/// A range of guest memory.
+#[derive(Args, Debug)]
+#[group(skip)]
+pub struct Range {
+    /// First guest physical address.
+    #[arg(long, value_name = "GPA", default_value = "0", value_parser = number::parse)]
+    pub from: u64,
+    /// Guest physical address to stop before; by default the end of the guest's memory.
+    #[arg(long, value_name = "GPA", value_parser = number::parse)]
+    pub to: Option<u64>,
+}
+
+/// Arguments of `dump`.
+#[derive(Args, Debug)]
+pub struct Dump {
+    #[command(flatten)]
+    pub vm: Selector,
+    /// File to write.
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub range: Range,
+}
+
+/// Arguments of `find`.
+#[derive(Args, Debug)]
+pub struct Find {
+    #[command(flatten)]
+    pub vm: Selector,
+    /// Text to search for.
+    pub pattern: String,
+    /// The pattern is bytes in hexadecimal, such as "7f 45 4c 46".
+    #[arg(long)]
+    pub hex: bool,
+    /// Stop after so many occurrences.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max: Option<u64>,
+    #[command(flatten)]
+    pub range: Range,
+}
+
+/// Arguments of `attach`.
+#[derive(Args, Debug)]
+pub struct Attach {
+    #[command(flatten)]
+    pub vm: Selector,
+    #[command(flatten)]
+    pub tool: Tool,
+    /// Commands that the tool may give: names, "all" or "none".
+    #[arg(long, value_name = "LIST", default_value = "all", value_parser = allow::parse::<Kvmi>)]
+    pub allow_commands: Allowed<Kvmi>,
+    /// Events that the tool may get: names, "all" or "none".
+    #[arg(long, value_name = "LIST", default_value = "all", value_parser = allow::parse::<EventId>)]
+    pub allow_events: Allowed<EventId>,
+    /// File with the secret that the tool has to know; a line feed at its end counts.
+    #[arg(long, value_name = "FILE")]
+    pub cookie_file: Option<PathBuf>,
+    /// How long the tool may take to shake hands, in seconds.
+    #[arg(long, value_name = "S", default_value = "10", value_parser = number::parse_seconds)]
+    pub handshake_timeout: Duration,
+    /// How long the tool may take to hang up when told that the VM is unhooked, in seconds.
+    #[arg(long, value_name = "S", default_value = "60", value_parser = number::parse_seconds)]
+    pub unhook_timeout: Duration,
+}
+
+/// Where the tool listens.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub struct Tool {
+    /// The tool listens on this UNIX socket.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// The tool listens on this vsock address.
+    #[arg(long, value_name = "CID:PORT", value_parser = number::parse_vsock)]
+    pub vsock: Option<(u32, u32)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{error::ErrorKind, CommandFactory as _};
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    fn refused(line: &str) -> ErrorKind {
+        let error = parse(line).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{line}");
+        error.kind()
+    }
+
+    #[test]
+    fn definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_is_understood() {
+        for line in [
+            "kvmictl list",
+            "kvmictl --json list",
+            "kvmictl list --json",
+            "kvmictl info",
+            "kvmictl info --uuid c9dcf1b0-3b5c-4a2e-9d0e-1f2a3b4c5d6e",
+            "kvmictl info --name web --vm-fd 9",
+            "kvmictl read --pid 7 0x1000 4K --format raw",
+            "kvmictl write 1M --hex 90:90",
+            "kvmictl write 1M --text hello",
+            "kvmictl write 1M --file -",
+            "kvmictl dump /tmp/x --from 1M --to 2M",
+            "kvmictl find secret --max 3",
+            "kvmictl find --hex 7f454c46",
+            "kvmictl attach --socket /run/tool",
+            "kvmictl attach --vsock 3:4711 --pid 5 --allow-events none --cookie-file k",
+        ] {
+            parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn wrong_use_is_refused() {
+        for line in [
+            "kvmictl info --pid 1 --name x",
+            "kvmictl write 0 --hex 90 --text x",
+            "kvmictl attach --socket /x --vsock 1:2",
+        ] {
+            assert_eq!(refused(line), ErrorKind::ArgumentConflict, "{line}");
+        }
+        for line in ["kvmictl attach", "kvmictl write 0", "kvmictl read 0"] {
+            assert_eq!(refused(line), ErrorKind::MissingRequiredArgument, "{line}");
+        }
+        for line in [
+            "kvmictl read 0 1Q",
+            "kvmictl write 0 --hex 9",
+            "kvmictl write 0 --hex=",
+            "kvmictl info --uuid x",
+            "kvmictl attach --vsock 3",
+            "kvmictl attach --socket x --allow-events PAGEFAULT",
+            "kvmictl attach --socket x --handshake-timeout=-1",
+        ] {
+            assert_eq!(refused(line), ErrorKind::ValueValidation, "{line}");
+        }
+        refused("kvmictl find x --max 0");
+        refused("kvmictl");
+    }
+}

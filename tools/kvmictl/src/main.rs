@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! `kvmictl`: looks into running KVM guests.
+
+mod allow;
+mod attach;
+mod cli;
+mod dump;
+mod find;
+mod hexdump;
+mod info;
+mod list;
+mod memory;
+mod number;
+mod output;
+mod problem;
+mod progress;
+mod read;
+mod scanner;
+mod select;
+mod session;
+mod write;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use cli::{Cli, Command};
+use output::Output;
+
+fn main() -> ExitCode {
+    // A wrong command line ends here, with status 2.
+    let cli = Cli::parse();
+    let mut output = Output::new(cli.json);
+    let done = run(&cli.command, &mut output).and_then(|()| Ok(output.flush()?));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough.
+        Err(error) if problem::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // What was printed before the error belongs before it.
+            let _ = output.flush();
+            problem::report(&error, cli.json);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command, output: &mut Output) -> anyhow::Result<()> {
+    match command {
+        Command::List => list::run(output),
+        Command::Info(arguments) => info::run(arguments, output),
+        Command::Read(arguments) => read::run(arguments, output),
+        Command::Write(arguments) => write::run(arguments, output),
+        Command::Dump(arguments) => dump::run(arguments, output),
+        Command::Find(arguments) => find::run(arguments, output),
+        Command::Attach(arguments) => attach::run(arguments, output),
+    }
+}

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! `kvmi_test`: tests of the KVMI kernel part from user space, in the manner of kselftest.
+//!
+//! Every test runs in a process of its own with VMs of its own, so that one that hangs, dies or
+//! leaves a VM hooked takes no other one with it. The result is KTAP on standard output.
+
+use std::process::ExitCode;
+
+use harness::{Options, Test};
+
+mod commands;
+mod device;
+mod framing;
+mod fuzz;
+mod harness;
+mod hook;
+mod lifecycle;
+mod masks;
+mod memory;
+mod physical;
+mod role;
+mod status;
+mod stress;
+mod sys;
+mod tool;
+mod util;
+mod vm;
+
+/// Process exit status for "nothing was tested", as kselftest has it.
+const EXIT_SKIP: u8 = 4;
+
+const USAGE: &str = "\
+Usage: kvmi_test [OPTION]...
+Tests KVM introspection; needs root, /dev/kvm and the module kvmi_host.
+
+  --list              list the tests and exit
+  --filter SUBSTR     run the tests whose names contain SUBSTR (may be repeated)
+  --seed N            seed of what is random (default: taken from the clock)
+  --rounds-scale F    multiply the rounds of long loops by F, 0.01 for example
+  --timeout-scale F   multiply the time limits by F, 5 for example on a slow kernel
+  --skip-destructive  leave out the tests that kill processes, try to unload the
+                      module, or send it garbage
+  --without-module    run the tests for a kernel without the module, which are
+                      left out otherwise; it must not be loaded
+
+Exit status: 0 all passed, 1 something failed, 4 all skipped.";
+
+/// Every test there is, in the order in which they run: the simple ones first.
+fn registry() -> impl Iterator<Item = &'static Test> {
+    [
+        hook::TESTS,
+        masks::TESTS,
+        commands::TESTS,
+        physical::TESTS,
+        framing::TESTS,
+        device::TESTS,
+        status::TESTS,
+        lifecycle::TESTS,
+        stress::TESTS,
+        fuzz::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+}
+
+/// What the command line asks for.
+enum Action {
+    /// Run what the options select.
+    Run,
+    /// Name the tests.
+    List,
+    /// Explain the options.
+    Help,
+    /// Be the process of this one test.
+    Single(String),
+    /// Be a helper process of a test.
+    Role(Vec<String>),
+}
+
+fn parse(mut args: impl Iterator<Item = String>) -> Result<(Action, Options), String> {
+    let mut action = Action::Run;
+    let mut options = Options::default();
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or(format!("{arg} needs a value"));
+        match arg.as_str() {
+            "--list" => action = Action::List,
+            "--help" | "-h" => action = Action::Help,
+            "--filter" => options.filters.push(value()?),
+            "--seed" => options.seed = value()?.parse().map_err(|e| format!("--seed: {e}"))?,
+            "--rounds-scale" => options.rounds_scale = positive(&arg, &value()?)?,
+            "--timeout-scale" => options.timeout_scale = positive(&arg, &value()?)?,
+            "--skip-destructive" => options.skip_destructive = true,
+            "--without-module" => options.without_module = true,
+            harness::RUN_ONE => action = Action::Single(value()?),
+            role::ROLE => return Ok((Action::Role(args.collect()), options)),
+            _ => return Err(format!("unknown option {arg}")),
+        }
+    }
+    Ok((action, options))
+}
+
+fn positive(option: &str, value: &str) -> Result<f64, String> {
+    match value.parse() {
+        Ok(number) if f64::is_finite(number) && number > 0.0 => Ok(number),
+        _ => Err(format!("{option}: {value} is not a positive number")),
+    }
+}
+
+fn main() -> ExitCode {
+    let (action, options) = match parse(std::env::args().skip(1)) {
+        Ok(parsed) => parsed,
+        Err(message) => {
+            eprintln!("kvmi_test: {message}\n{USAGE}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match action {
+        Action::Help => println!("{USAGE}"),
+        Action::List => registry().for_each(|test| println!("{}", test.name())),
+        Action::Single(name) => match registry().find(|test| test.name() == name) {
+            Some(test) => harness::be_test(test, &options),
+            None => {
+                eprintln!("kvmi_test: no test {name}");
+                return ExitCode::FAILURE;
+            }
+        },
+        Action::Role(args) => role::be(&args),
+        Action::Run => return harness::run(registry(), &options),
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! Memory that guests use while tests look at it.
+
+use std::{
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, AtomicU8, Ordering},
+};
+
+use rustix::mm::{mmap_anonymous, MapFlags, ProtFlags};
+
+/// Memory that a VM can use; it is there until the process ends.
+#[derive(Clone, Copy)]
+pub struct Memory {
+    start: NonNull<u8>,
+    /// Its size in bytes.
+    pub len: usize,
+}
+
+// SAFETY: the memory is never unmapped, and all accesses are atomic.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Memory full of zeros, not touched yet.
+    pub fn new(len: usize) -> Self {
+        Self::map(0, len, MapFlags::PRIVATE)
+    }
+
+    /// Memory full of zeros at this address of the process.
+    pub fn at(address: usize, len: usize) -> Self {
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+        let memory = Self::map(address, len, flags);
+        assert_eq!(memory.address(), address);
+        memory
+    }
+
+    fn map(address: usize, len: usize, flags: MapFlags) -> Self {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let address = std::ptr::without_provenance_mut(address);
+        // SAFETY: a new mapping that replaces none.
+        let start = unsafe { mmap_anonymous(address, len, access, flags) };
+        let start = start.expect("memory can be mapped").cast();
+        Self {
+            start: NonNull::new(start).expect("nothing is mapped at address 0"),
+            len,
+        }
+    }
+
+    /// Where it is in the process.
+    pub fn address(&self) -> usize {
+        self.start.as_ptr() as usize
+    }
+
+    /// Its bytes from `offset` on, one by one.
+    fn bytes(&self, offset: u64, len: usize) -> &[AtomicU8] {
+        let offset = usize::try_from(offset).expect("an offset");
+        assert!(offset <= self.len && len <= self.len - offset);
+        // SAFETY: the range is inside the mapping, which lasts for ever; the guest and the kernel
+        // change it, hence the atomic type.
+        unsafe { std::slice::from_raw_parts(self.start.add(offset).as_ptr().cast(), len) }
+    }
+
+    /// Copies bytes out.
+    pub fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+        let bytes = self.bytes(offset, len).iter();
+        bytes.map(|byte| byte.load(Ordering::Relaxed)).collect()
+    }
+
+    /// Copies bytes in.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        for (to, from) in self.bytes(offset, data.len()).iter().zip(data) {
+            to.store(*from, Ordering::Relaxed);
+        }
+    }
+
+    /// Fills a range with one value.
+    pub fn fill(&self, offset: u64, len: usize, value: u8) {
+        for byte in self.bytes(offset, len) {
+            byte.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// The number at a multiple of four.
+    pub fn number(&self, offset: u64) -> &AtomicU32 {
+        assert_eq!(offset % 4, 0);
+        // SAFETY: the range is inside the mapping and aligned, see `bytes`.
+        unsafe { AtomicU32::from_ptr(self.bytes(offset, 4).as_ptr().cast_mut().cast()) }
+    }
+}
