@@ -34,6 +34,7 @@ use kvmi_common::miscdev::OwnedMiscDevice;
 use crate::{
     device::DeviceFile,
     kvm::Registration,
+    registry::Registry,
     session::Session, //
 };
 
@@ -46,7 +47,7 @@ module! {
 }
 
 /// The loaded module. Fields are dropped in the order of their declaration: first nobody can open
-/// the device any more, then kvm.ko forgets us. No VM is hooked by then, since a hooked VM and an
+/// the device any more, then kvm.ko forgets us, then there is no session left to look for. No VM is hooked by then, since a hooked VM and an
 /// open file keep the module loaded.
 ///
 /// The provider is registered first, as that is what can fail for a reason: another version of
@@ -56,16 +57,15 @@ struct KvmiHost {
     #[pin]
     _device: OwnedMiscDevice<DeviceFile>,
     _provider: Registration<Session>,
+    _registry: Registry,
 }
 
 impl kernel::InPlaceModule for KvmiHost {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            _: {
-                // SAFETY: A module is initialised once, and nothing uses the registry before it
-                // has a device and a provider.
-                unsafe { registry::init() };
-            },
+            // SAFETY: A module is initialised once, and nothing uses the registry before it has a
+            // device and a provider.
+            _registry: unsafe { Registry::new() },
             _provider: Registration::new(module)?,
             _device <- OwnedMiscDevice::register(MiscDeviceOptions { name: c"kvmi" }, module),
         })

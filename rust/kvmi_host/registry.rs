@@ -13,18 +13,29 @@ use crate::{
 };
 
 kernel::sync::global_lock! {
-    // SAFETY: `init()` is called before anything else of this file.
+    // SAFETY: `Registry::new()` is called before anything else of this file.
     unsafe(uninit) static SESSIONS: Mutex<KVec<Arc<Session>>> = KVec::new();
 }
 
-/// Makes the registry usable.
-///
-/// # Safety
-///
-/// To be called once, before anything else of this file.
-pub(crate) unsafe fn init() {
-    // SAFETY: By the safety requirements of this function.
-    unsafe { SESSIONS.init() };
+/// What makes the registry usable, for as long as it exists. Statics are not dropped when a module
+/// goes: this frees the memory of the list.
+pub(crate) struct Registry;
+
+impl Registry {
+    /// # Safety
+    ///
+    /// To be called once, before anything else of this file.
+    pub(crate) unsafe fn new() -> Self {
+        // SAFETY: By the safety requirements of this function.
+        unsafe { SESSIONS.init() };
+        Self
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        *SESSIONS.lock() = KVec::new();
+    }
 }
 
 /// Returns the session of the VM `id`. It may be one that is being hooked or unhooked just now.
