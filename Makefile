@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# Everything is driven from here; Kbuild describes the kernel module itself.
+
+FLAVOUR ?= lab
+KDIR ?= /lib/modules/$(shell uname -r)/build
+export V FLAVOUR KDIR KERNEL_SRC KERNEL_TARBALL KVMI_CACHE
+
+B := tools/build
+LAB := tools/target/x86_64-unknown-linux-gnu/release/lab
+
+.NOTPARALLEL:
+.PHONY: help setup kernel lab-modules selftests tools guest demo test lab check \
+	modules modules_install clean distclean
+
+help:
+	@echo 'For a first look and for tests, on any machine (installs what it lacks):'
+	@echo '  make demo               look into a running guest from outside'
+	@echo '  make test               all tests in an emulated host [FLAVOUR=lab|debug]'
+	@echo '  make lab                a shell in the emulated host  [FLAVOUR=lab|debug]'
+	@echo '  make check              formatting, lints, unit tests'
+	@echo
+	@echo 'For a kernel of your own, patched with patches/7.2:'
+	@echo '  make modules            build kvmi_host.ko against KDIR=/path/of/its/build'
+	@echo '  make modules_install    install it there'
+	@echo
+	@echo 'Parts of the above:'
+	@echo '  make setup              install missing tools (Debian 12, 13)'
+	@echo '  make kernel             build the patched kernel      [FLAVOUR=lab|debug]'
+	@echo '  make tools              build the programs in tools/'
+	@echo '  make clean              remove what was built here'
+	@echo '  make distclean          remove the cache of kernels too'
+	@echo
+	@echo 'V=1 shows all output.  KERNEL_SRC=tree or KERNEL_TARBALL=file replace the'
+	@echo "distribution's source of Linux 7.2.  KVMI_CACHE=folder moves the cache."
+
+setup:
+	@$(B)/setup.sh
+
+kernel: setup
+	@$(B)/kernel.sh $(FLAVOUR)
+
+lab-modules: kernel
+	@$(B)/modules.sh build/kernel/$(FLAVOUR)/kdir build/modules/$(FLAVOUR) modules
+
+selftests: kernel
+	@$(B)/selftests.sh $(FLAVOUR)
+
+tools: setup
+	@$(B)/tools.sh
+
+guest: setup
+	@$(B)/guest.sh
+
+demo: FLAVOUR := lab
+demo: lab-modules tools guest
+	@$(LAB) run --flavour $(FLAVOUR) --name demo -- sh tools/lab/guest/demo.sh
+
+test: lab-modules selftests tools guest
+	@$(LAB) run --flavour $(FLAVOUR) --name test --ktap --timeout 3000 -- \
+		sh tools/lab/guest/test.sh $(FLAVOUR)
+
+lab: lab-modules tools guest
+	@$(LAB) shell --flavour $(FLAVOUR)
+
+check: FLAVOUR := lab
+check: kernel tools
+	@$(B)/check.sh
+
+modules modules_install:
+	@$(B)/modules.sh $(KDIR) build/modules/kdir $@
+
+clean:
+	rm -rf build tools/target
+
+distclean: clean
+	@$(B)/distclean.sh

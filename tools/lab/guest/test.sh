@@ -1,0 +1,100 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0 OR MIT
+#
+# test.sh FLAVOUR: all tests that run in the lab, as KTAP.  KVM's own selftests
+# run before our module is loaded and with it: they must not see a difference.
+# On the slow debug flavour they run with it only.
+
+set -u
+FLAVOUR=$1
+. tools/lab/guest/common.sh
+
+# What checks of the debug flavour cost under emulation: time, hence rounds.
+case $FLAVOUR in
+debug) limit=600 scale="--rounds-scale 0.05 --timeout-scale 5" ;;
+*) limit=120 scale= ;;
+esac
+
+count=0
+log=/tmp/log
+
+# result "ok"|"not ok" NAME [DIRECTIVE]
+result() {
+	count=$((count + 1))
+	echo "$1 $count $2${3:+ # $3}"
+}
+
+show_log() { tail -n 40 $log | sed 's/^/# /'; }
+
+# check NAME COMMAND…
+check() {
+	name=$1
+	shift
+	if "$@" >$log 2>&1; then
+		result ok "$name"
+	else
+		show_log
+		result "not ok" "$name"
+		return 1
+	fi
+}
+
+# selftest WHERE NAME[,ARG…] EXPECTED [REASON…]
+selftest() {
+	where=$1 name=${2%%,*} expected=$3 IFS=,
+	# shellcheck disable=SC2086  # the arguments are comma-separated words
+	set -- ${2#"$name"}
+	unset IFS
+	[ $# -eq 0 ] || shift # the empty word before the first comma
+	start=$(cut -d . -f 1 /proc/uptime)
+	timeout -k 5 $limit "build/selftests/$name" "$@" >$log 2>&1 </dev/null
+	case $? in
+	0) got=pass ;;
+	4) got=skip ;;
+	*) got=fail ;;
+	esac
+	note="$where, $(($(cut -d . -f 1 /proc/uptime) - start)) s"
+	if [ $got != "$expected" ]; then
+		show_log
+		result "not ok" "$name ($note): $got, expected $expected"
+	elif [ $got = skip ]; then
+		result ok "$name ($note)" "SKIP as on an unpatched kernel"
+	elif [ $got = fail ]; then
+		result ok "$name ($note)" "fails as on an unpatched kernel"
+	else
+		result ok "$name ($note)"
+	fi
+}
+
+selftests() {
+	while read -r name expected _; do
+		case $name in
+		'' | \#*) ;;
+		*) selftest "$1" "$name" "$expected" ;;
+		esac
+	done <tools/lab/guest/selftests
+}
+
+# Its output is KTAP itself and becomes a test with subtests.
+provider_test() {
+	# shellcheck disable=SC2086  # $scale is several words, or none
+	{ timeout -k 5 $((limit * 10)) "$BIN/kvmi_test" $scale 2>&1 </dev/null; echo $? >/tmp/status; } | sed 's/^/  /'
+	case $(cat /tmp/status) in
+	0) result ok kvmi_test ;;
+	4) result ok kvmi_test "SKIP" ;;
+	*) result "not ok" "kvmi_test" "exit status $(cat /tmp/status)" ;;
+	esac
+}
+
+echo "KTAP version 1"
+check "load KVM ($VENDOR)" load_kvm
+[ "$FLAVOUR" = debug ] || selftests "without kvmi_host"
+if check "load kvmi_host" insmod "$PROVIDER"; then
+	provider_test
+	selftests "with kvmi_host"
+	check "unload kvmi_host" rmmod kvmi_host
+	check "load kvmi_host again" insmod "$PROVIDER"
+	check "unload kvmi_host again" rmmod kvmi_host
+fi
+check "unload KVM" unload_kvm
+echo "1..$count"

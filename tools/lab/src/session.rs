@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! One run of the host: starts the emulator, watches it and ends it.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{kill_process_group, set_parent_process_death_signal, Pid, Signal};
+use rustix::termios::tcgetwinsize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::host::{Host, Job, RunDir};
+
+/// How long a run and its silences may last.
+pub struct Limits {
+    /// The whole run.
+    pub total: Duration,
+    /// Without output, kernel message or heartbeat.
+    pub stall: Duration,
+}
+
+/// How a run ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The command ended with this status.
+    Exited(u8),
+    /// The host ended before its command.
+    Died,
+    /// The host was stopped: no sign of life from the emulator.
+    Stalled,
+    /// The host was stopped: the run took too long.
+    TimedOut,
+    /// The host was stopped: a signal asked for it.
+    Interrupted,
+}
+
+/// A run that is over.
+pub struct Outcome {
+    /// How it ended.
+    pub ending: Ending,
+    dir: RunDir,
+}
+
+impl Outcome {
+    /// Keeps the kernel's log as the given file.
+    pub fn save_log(&self, log: &Path) -> Result<()> {
+        fs::rename(self.dir.serial(), log)
+            .with_context(|| format!("cannot keep the kernel's log as {}", log.display()))
+    }
+}
+
+/// An emulator that ends with this value.
+struct Emulator(Child);
+
+impl Emulator {
+    /// Starts QEMU so that it cannot outlive this process.
+    fn start(mut qemu: Command) -> Result<Self> {
+        // SAFETY: prctl() is a system call and safe between fork and exec.
+        unsafe {
+            qemu.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        }
+        let name = qemu.get_program().to_string_lossy().into_owned();
+        Ok(Self(
+            qemu.spawn()
+                .with_context(|| format!("cannot start {name}"))?,
+        ))
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        if self.0.try_wait().is_ok_and(|status| status.is_some()) {
+            return;
+        }
+        // Only a group of its own is ended as one: a shell's emulator is in ours.
+        let pid = Pid::from_child(&self.0);
+        if rustix::process::getpgid(Some(pid)).is_ok_and(|group| group == pid) {
+            let _ = kill_process_group(pid, Signal::KILL);
+        } else {
+            let _ = self.0.kill();
+        }
+        let _ = self.0.wait();
+    }
+}
+
+/// Boots the host with a shell on this terminal.
+pub fn interactive(host: &Host) -> Result<()> {
+    let size = tcgetwinsize(std::io::stdin()).context("a shell needs a terminal")?;
+    let term = std::env::var("TERM").unwrap_or_else(|_| String::from("dumb"));
+    let job = Job::Shell {
+        term,
+        size: (size.ws_row, size.ws_col),
+    };
+    let (_dir, qemu) = host.prepare(&job)?;
+    let stop = stop_flag()?;
+    let mut emulator = Emulator::start(qemu)?;
+    while emulator.0.try_wait()?.is_none() && !stop.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// Boots the host, runs `argv` there and hands each line of its output to `line`.
+pub fn run(
+    host: &Host,
+    argv: &[String],
+    limits: &Limits,
+    mut line: impl FnMut(&str),
+) -> Result<Outcome> {
+    let (dir, mut qemu) = host.prepare(&Job::Command(argv))?;
+    qemu.stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .process_group(0);
+    let stop = stop_flag()?;
+    let mut emulator = Emulator::start(qemu)?;
+    let output = emulator
+        .0
+        .stdout
+        .take()
+        .context("no output of the emulator")?;
+    let (sender, lines) = mpsc::channel();
+    // Ends by itself: the pipe is closed when the emulator ends.
+    thread::spawn(move || {
+        let mut output = BufReader::new(output);
+        let mut bytes = Vec::new();
+        while output
+            .read_until(b'\n', &mut bytes)
+            .is_ok_and(|count| count != 0)
+        {
+            let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+            if sender.send(text).is_err() {
+                break;
+            }
+            bytes.clear();
+        }
+    });
+
+    let start = Instant::now();
+    let mut pulse = Pulse::new(&dir);
+    let ending = loop {
+        match lines.recv_timeout(Duration::from_millis(200)) {
+            Ok(text) => {
+                pulse.beat();
+                line(&text);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                emulator.0.wait()?;
+                break exit_status(&dir.status()).map_or(Ending::Died, Ending::Exited);
+            }
+        }
+        if stop.load(Ordering::Relaxed) {
+            break Ending::Interrupted;
+        } else if start.elapsed() > limits.total {
+            break Ending::TimedOut;
+        } else if pulse.silence() > limits.stall {
+            break Ending::Stalled;
+        }
+    };
+    Ok(Outcome { ending, dir })
+}
+
+/// A flag that the usual signals set.
+fn stop_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&flag))?;
+    }
+    Ok(flag)
+}
+
+/// Signs of life: output, kernel messages, heartbeats.
+struct Pulse {
+    files: [PathBuf; 2],
+    seen: u64,
+    last: Instant,
+}
+
+impl Pulse {
+    fn new(dir: &RunDir) -> Self {
+        Self {
+            files: [dir.serial(), dir.status()],
+            seen: 0,
+            last: Instant::now(),
+        }
+    }
+
+    fn beat(&mut self) {
+        self.last = Instant::now();
+    }
+
+    /// How long the emulator has given no sign of life.
+    fn silence(&mut self) -> Duration {
+        let size = |file: &PathBuf| fs::metadata(file).map_or(0, |data| data.len());
+        let seen = self.files.iter().map(size).sum();
+        if seen != self.seen {
+            self.seen = seen;
+            self.beat();
+        }
+        self.last.elapsed()
+    }
+}
+
+/// The status that the host's init wrote last, if it got that far.
+fn exit_status(status: &Path) -> Option<u8> {
+    let text = fs::read_to_string(status).ok()?;
+    text.lines()
+        .rev()
+        .find_map(|line| line.strip_prefix("exit "))?
+        .trim()
+        .parse()
+        .ok()
+}
