@@ -21,11 +21,13 @@
 #include <linux/types.h>
 
 struct kvm;
+struct kvm_regs;
+struct kvm_sregs;
 struct kvm_vcpu;
 struct module;
 
 /* Bumped with every change of this interface; checked at registration. */
-#define KVM_INTROSPECTION_ABI	1
+#define KVM_INTROSPECTION_ABI	2
 
 /**
  * enum kvmi_slot_change - what happened to a memory slot
@@ -56,6 +58,25 @@ struct kvmi_vm_info {
 };
 
 /**
+ * struct kvmi_exception - an exception of the guest
+ * @address: for a page fault the address, i.e. CR2; for #DB see
+ *	kvmi_vcpu_inject() and kvmi_vcpu_get_trap(); else 0
+ * @error_code: if there is one, else 0
+ * @nr: the vector; %KVMI_NO_EXCEPTION in a trap: none was delivered
+ * @has_error_code: is there an error code, 0 or 1
+ * @padding: 0
+ */
+struct kvmi_exception {
+	u64 address;
+	u32 error_code;
+	u8 nr;
+	u8 has_error_code;
+	u8 padding[2];
+};
+
+#define KVMI_NO_EXCEPTION	0xff
+
+/**
  * struct kvm_introspection_ops - the provider's callbacks
  * @owner: the provider's module; pinned while any VM is attached and during
  *	every callback
@@ -79,8 +100,10 @@ struct kvmi_vm_info {
  * @vcpu_work: Serves a kvmi_vcpu_request(): called on the vCPU's thread inside
  *	KVM_RUN, before the guest is entered and also when the vCPU is halted.
  *	kvm->srcu is held, no lock is; may sleep, but waits only through
- *	kvmi_vcpu_wait().  Returns 1 to go on, or -EINTR to leave KVM_RUN
- *	because of a signal and be called again at the next KVM_RUN.
+ *	kvmi_vcpu_wait() or in kvmi_vcpu_unlocked().  Returns 1 to go on;
+ *	-EINTR to leave KVM_RUN because of a signal and be called again at the
+ *	next KVM_RUN; 0 to leave KVM_RUN with the exit reason that
+ *	kvmi_vcpu_crash() has set.
  *
  * @vcpu_create, @vcpu_destroy, @memslot and @vcpu_work get the pointers that
  * kvmi_vm_attach() and @vcpu_create handed over.
@@ -119,6 +142,29 @@ int kvmi_vm_write_gpa(struct kvm *kvm, u64 gpa, const void *buf, u32 len);
 
 /* For the provider: vCPUs. */
 void kvmi_vcpu_request(struct kvm_vcpu *vcpu);
-int kvmi_vcpu_wait(struct kvm_vcpu *vcpu, bool (*done)(void *arg), void *arg);
+void kvmi_vcpu_request_sync(struct kvm_vcpu *vcpu);
+int kvmi_vcpu_wait(struct kvm_vcpu *vcpu, bool (*done)(void *arg), void *arg,
+		   u64 timeout_ns);
+void kvmi_vcpu_unlocked(struct kvm_vcpu *vcpu, void (*fn)(void *arg), void *arg);
+void kvmi_vcpu_crash(struct kvm_vcpu *vcpu);
+
+/* For the provider: state of a vCPU. */
+void kvmi_vcpu_get_regs(struct kvm_vcpu *vcpu, struct kvm_regs *regs);
+void kvmi_vcpu_set_regs(struct kvm_vcpu *vcpu, const struct kvm_regs *regs);
+void kvmi_vcpu_get_sregs(struct kvm_vcpu *vcpu, struct kvm_sregs *sregs);
+u32 kvmi_vcpu_get_mode(struct kvm_vcpu *vcpu);
+int kvmi_vcpu_get_msr(struct kvm_vcpu *vcpu, u32 index, u64 *data);
+int kvmi_vcpu_get_cpuid(struct kvm_vcpu *vcpu, u32 function, u32 index,
+			u32 regs[4]);
+u64 kvmi_vcpu_get_xcr0(struct kvm_vcpu *vcpu);
+int kvmi_vcpu_get_xsave(struct kvm_vcpu *vcpu, void *buf, u32 len);
+int kvmi_vcpu_set_xsave(struct kvm_vcpu *vcpu, const void *buf, u32 len);
+u64 kvmi_vcpu_gva_to_gpa(struct kvm_vcpu *vcpu, u64 gva);
+u64 kvmi_vcpu_tsc_hz(struct kvm_vcpu *vcpu);
+bool kvmi_vcpu_is_initialized(struct kvm_vcpu *vcpu);
+
+/* For the provider: exceptions. */
+int kvmi_vcpu_inject(struct kvm_vcpu *vcpu, const struct kvmi_exception *ex);
+bool kvmi_vcpu_get_trap(struct kvm_vcpu *vcpu, struct kvmi_exception *ex);
 
 #endif /* __KVM_INTROSPECTION_H */
