@@ -9,6 +9,15 @@ use zerocopy_derive::{
     KnownLayout, //
 };
 
+use crate::{
+    error::KvmiError,
+    id::{
+        Event,
+        Scope, //
+    },
+    policy::Policy, //
+};
+
 /// Largest piece of guest memory that one command reads or writes, in bytes.
 pub const MAX_MEMORY_ACCESS: usize = 4096;
 
@@ -80,6 +89,32 @@ pub struct ControlEvents {
     pub padding1: u8,
     /// 0.
     pub padding2: u32,
+}
+
+impl ControlEvents {
+    /// Checks the request for an event of `scope`: which one, and whether to switch it on.
+    pub fn check(&self, scope: Scope, policy: &Policy) -> Result<(Event, bool), KvmiError> {
+        if self.padding1 != 0 || self.padding2 != 0 {
+            return Err(KvmiError::Inval);
+        }
+        let enable = flag(self.enable)?;
+        let event = Event::from_id(self.event_id)
+            .filter(|e| e.is_served() && e.scope() == scope)
+            .ok_or(KvmiError::Inval)?;
+        if !policy.allows_event(event) {
+            return Err(KvmiError::Perm);
+        }
+        Ok((event, enable))
+    }
+}
+
+/// Takes a flag of the protocol for what it means.
+pub(crate) fn flag(value: u8) -> Result<bool, KvmiError> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(KvmiError::Inval),
+    }
 }
 
 /// A piece of one page of guest memory: request of `VM_READ_PHYSICAL`, and of

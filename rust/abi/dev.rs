@@ -26,6 +26,10 @@ pub const VM_STATUS: u32 = iowr::<VmStatus>(KVMI_IO, 0x01);
 /// is none from the address given on.
 pub const VM_MEMORY: u32 = iowr::<VmMemory>(KVMI_IO, 0x02);
 
+/// Bounds how long a vCPU waits for the reply to an event: takes an [`EventTimeout`]. Concerns what
+/// is hooked, or gets hooked next.
+pub const EVENT_TIMEOUT: u32 = crate::ioctl::iow::<EventTimeout>(KVMI_IO, 0x03);
+
 /// Argument of [`ATTACH`] (`kvmi_dev_attach`).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -77,6 +81,8 @@ pub struct VmStatus {
     pub events: u64,
     /// Changes of memory slots since the VM was hooked.
     pub memslot_changes: u64,
+    /// Time that vCPUs have waited for replies to events since the VM was hooked, in ns.
+    pub held_ns: u64,
     /// The uuid given when the VM was hooked.
     pub uuid: [u8; 16],
 }
@@ -97,6 +103,18 @@ pub struct VmMemory {
     pub size: u64,
 }
 
+/// Argument of [`EVENT_TIMEOUT`] (`kvmi_dev_event_timeout`).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct EventTimeout {
+    /// Milliseconds; 0 means for ever. When they are over the tool is disconnected.
+    pub ms: u32,
+    /// 0.
+    pub padding: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,7 +122,8 @@ mod tests {
     #[test]
     fn ioctl_numbers_carry_the_size_of_their_argument() {
         assert_eq!(ATTACH, 0x4020_B900);
-        assert_eq!(VM_STATUS, 0xC050_B901);
+        assert_eq!(VM_STATUS, 0xC058_B901);
         assert_eq!(VM_MEMORY, 0xC018_B902);
+        assert_eq!(EVENT_TIMEOUT, 0x4008_B903);
     }
 }

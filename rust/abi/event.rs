@@ -11,8 +11,11 @@ use zerocopy_derive::{
 
 use crate::{
     arch::VcpuEventArch,
-    id::{Event, VM_EVENT},
-    wire::Header,
+    id::{Event, VCPU_EVENT, VM_EVENT},
+    wire::{
+        Header,
+        MAX_MSG_SIZE, //
+    },
 };
 
 /// First part of every event's payload (`kvmi_event_hdr`).
@@ -79,10 +82,27 @@ pub struct EventSeq(u32);
 
 impl EventSeq {
     /// Returns the number of the next event.
-    pub fn advance(&mut self) -> u32 {
-        self.0 = self.0.wrapping_add(1);
-        self.0
+    pub fn next_number(&self) -> u32 {
+        self.0.wrapping_add(1)
     }
+
+    /// Counts an event as sent.
+    pub fn advance(&mut self) {
+        self.0 = self.next_number();
+    }
+}
+
+/// Builds the header of a vCPU event with `body_len` bytes, or `None` if that is more than a
+/// message may have.
+pub fn vcpu_event_header(body_len: usize, seq: u32) -> Option<Header> {
+    if body_len > MAX_MSG_SIZE {
+        return None;
+    }
+    Some(Header {
+        id: VCPU_EVENT,
+        size: u16::try_from(body_len).ok()?,
+        seq,
+    })
 }
 
 #[cfg(test)]
@@ -92,11 +112,13 @@ mod tests {
     #[test]
     fn unhook_event_is_sixteen_bytes_and_numbered_from_one() {
         let mut seq = EventSeq::default();
-        let message = VmEventMessage::new(Event::Unhook, seq.advance());
+        let message = VmEventMessage::new(Event::Unhook, seq.next_number());
         let mut expected = [0u8; 16];
         expected[2..4].copy_from_slice(&8u16.to_ne_bytes());
         expected[4..8].copy_from_slice(&1u32.to_ne_bytes());
         assert_eq!(message.as_bytes(), expected);
-        assert_eq!(seq.advance(), 2);
+        assert_eq!(seq.next_number(), 1);
+        seq.advance();
+        assert_eq!(seq.next_number(), 2);
     }
 }

@@ -94,39 +94,39 @@ ids! {
         /// Writes guest memory.
         VmWritePhysical = 14, "VM_WRITE_PHYSICAL", true;
         /// Asks for a pause event of a vCPU.
-        VmPauseVcpu = 16, "VM_PAUSE_VCPU", false;
+        VmPauseVcpu = 16, "VM_PAUSE_VCPU", true;
         /// Whether unhooking restores interceptions.
         VmControlCleanup = 18, "VM_CONTROL_CLEANUP", true;
         /// Restricts access to pages.
         VmSetPageAccess = 20, "VM_SET_PAGE_ACCESS", false;
         /// TSC frequency.
-        VcpuGetInfo = 3, "VCPU_GET_INFO", false;
+        VcpuGetInfo = 3, "VCPU_GET_INFO", true;
         /// Switches an event of a vCPU on or off.
-        VcpuControlEvents = 5, "VCPU_CONTROL_EVENTS", false;
+        VcpuControlEvents = 5, "VCPU_CONTROL_EVENTS", true;
         /// Reads registers and MSRs.
-        VcpuGetRegisters = 7, "VCPU_GET_REGISTERS", false;
+        VcpuGetRegisters = 7, "VCPU_GET_REGISTERS", true;
         /// Sets the general registers.
-        VcpuSetRegisters = 9, "VCPU_SET_REGISTERS", false;
+        VcpuSetRegisters = 9, "VCPU_SET_REGISTERS", true;
         /// Reads a CPUID leaf.
-        VcpuGetCpuid = 11, "VCPU_GET_CPUID", false;
+        VcpuGetCpuid = 11, "VCPU_GET_CPUID", true;
         /// Chooses control registers whose writes make events.
         VcpuControlCr = 13, "VCPU_CONTROL_CR", false;
         /// Injects an exception.
-        VcpuInjectException = 15, "VCPU_INJECT_EXCEPTION", false;
+        VcpuInjectException = 15, "VCPU_INJECT_EXCEPTION", true;
         /// Reads XCR0.
-        VcpuGetXcr = 17, "VCPU_GET_XCR", false;
+        VcpuGetXcr = 17, "VCPU_GET_XCR", true;
         /// Reads the XSAVE area.
-        VcpuGetXsave = 19, "VCPU_GET_XSAVE", false;
+        VcpuGetXsave = 19, "VCPU_GET_XSAVE", true;
         /// Sets the XSAVE area.
-        VcpuSetXsave = 21, "VCPU_SET_XSAVE", false;
+        VcpuSetXsave = 21, "VCPU_SET_XSAVE", true;
         /// Memory type of a page by the MTRRs.
-        VcpuGetMtrrType = 23, "VCPU_GET_MTRR_TYPE", false;
+        VcpuGetMtrrType = 23, "VCPU_GET_MTRR_TYPE", true;
         /// Chooses MSRs whose writes make events.
         VcpuControlMsr = 25, "VCPU_CONTROL_MSR", false;
         /// Switches single-stepping on or off.
         VcpuControlSinglestep = 27, "VCPU_CONTROL_SINGLESTEP", false;
         /// Translates a guest virtual address.
-        VcpuTranslateGva = 29, "VCPU_TRANSLATE_GVA", false;
+        VcpuTranslateGva = 29, "VCPU_TRANSLATE_GVA", true;
     }
 }
 
@@ -142,7 +142,7 @@ ids! {
         /// The VMM is about to unhook.
         Unhook = 0, "UNHOOK", true;
         /// A vCPU was paused on request.
-        Pause = 1, "PAUSE", false;
+        Pause = 1, "PAUSE", true;
         /// The guest calls the tool.
         Hypercall = 3, "HYPERCALL", false;
         /// The guest has hit a breakpoint.
@@ -150,7 +150,7 @@ ids! {
         /// The guest writes a control register.
         Cr = 7, "CR", false;
         /// An exception is about to be delivered.
-        Trap = 9, "TRAP", false;
+        Trap = 9, "TRAP", true;
         /// The guest writes an extended control register.
         Xsetbv = 11, "XSETBV", false;
         /// The guest accesses a descriptor-table register.

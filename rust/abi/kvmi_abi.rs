@@ -22,11 +22,15 @@ pub mod event;
 pub mod handshake;
 pub mod id;
 pub mod ioctl;
+pub mod mtrr;
 pub mod policy;
 pub mod request;
+pub mod vcpu;
+pub mod vcpu_request;
 pub mod wire;
 
 pub use error::KvmiError;
 pub use id::{Command, Event, Scope};
 pub use policy::Policy;
 pub use request::{Reject, Request};
+pub use vcpu_request::{Action, VcpuRequest};

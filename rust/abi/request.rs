@@ -3,10 +3,12 @@
 //! From a message to a request: every check that needs no VM.
 
 use crate::{
-    command::{CheckId, ControlCleanup, ControlEvents, GuestRange},
+    command::{flag, CheckId, ControlCleanup, ControlEvents, GuestRange},
     error::KvmiError,
     id::{Command, Event, Scope, VCPU_EVENT},
     policy::Policy,
+    vcpu::PauseVcpu,
+    vcpu_request::{EventAnswer, VcpuMessage},
     wire::{zero_extended, Header},
 };
 
@@ -42,11 +44,22 @@ pub enum Request<'a> {
         /// 1 to 4096 bytes, not beyond the end of the page.
         data: &'a [u8],
     },
+    /// `VM_PAUSE_VCPU`
+    PauseVcpu {
+        /// Index of the vCPU; whether it exists is for the caller to find out.
+        vcpu: u16,
+        /// Whether the reply waits until the vCPU is out of the guest.
+        wait: bool,
+    },
     /// `VM_CONTROL_CLEANUP`
     ControlCleanup {
         /// Whether unhooking restores interceptions.
         enable: bool,
     },
+    /// A command for a vCPU.
+    Vcpu(VcpuMessage<'a>),
+    /// The reply to an event of a vCPU.
+    EventReply(EventAnswer),
 }
 
 /// Why a message is not served.
@@ -65,6 +78,8 @@ pub enum CloseReason {
     Oversized,
     /// A command with an array ends before its array does.
     Truncated,
+    /// A reply to an event is not what the event wants.
+    MalformedEventReply,
     /// A reply to an event that no vCPU waits for.
     UnexpectedEventReply,
 }
@@ -81,7 +96,9 @@ impl<'a> Request<'a> {
     pub fn parse(header: &Header, payload: &'a [u8], policy: &Policy) -> Result<Self, Reject> {
         if header.id == VCPU_EVENT {
             // An error reply with this id could not be told from an event, so there is none.
-            return Err(Reject::Close(CloseReason::UnexpectedEventReply));
+            return EventAnswer::parse(payload)
+                .map(Self::EventReply)
+                .map_err(Reject::Close);
         }
         let command = Command::from_id(header.id)
             .filter(|c| c.is_served())
@@ -99,17 +116,9 @@ impl<'a> Request<'a> {
             Command::VmReadPhysical => read_physical(payload),
             Command::VmWritePhysical => write_physical(payload),
             Command::VmControlCleanup => control_cleanup(payload),
-            _ => Err(KvmiError::NoSys.into()),
+            Command::VmPauseVcpu => pause_vcpu(payload, policy),
+            _ => Ok(Self::Vcpu(VcpuMessage::parse(command, payload)?)),
         }
-    }
-}
-
-/// Takes a flag of the protocol for what it means.
-fn flag(value: u8) -> Result<bool, KvmiError> {
-    match value {
-        0 => Ok(false),
-        1 => Ok(true),
-        _ => Err(KvmiError::Inval),
     }
 }
 
@@ -122,18 +131,23 @@ fn check_id(payload: &[u8]) -> Result<u16, KvmiError> {
 }
 
 fn control_events<'a>(payload: &[u8], policy: &Policy) -> Result<Request<'a>, Reject> {
-    let control: ControlEvents = zero_extended(payload);
-    if control.padding1 != 0 || control.padding2 != 0 {
+    let (event, enable) = zero_extended::<ControlEvents>(payload).check(Scope::Vm, policy)?;
+    Ok(Request::ControlEvents { event, enable })
+}
+
+fn pause_vcpu<'a>(payload: &[u8], policy: &Policy) -> Result<Request<'a>, Reject> {
+    let request: PauseVcpu = zero_extended(payload);
+    let wait = flag(request.wait)?;
+    if request.padding1 != 0 || request.padding2 != 0 {
         return Err(KvmiError::Inval.into());
     }
-    let enable = flag(control.enable)?;
-    let event = Event::from_id(control.event_id)
-        .filter(|e| e.is_served() && e.scope() == Scope::Vm)
-        .ok_or(KvmiError::Inval)?;
-    if !policy.allows_event(event) {
+    if !policy.allows_event(Event::Pause) {
         return Err(KvmiError::Perm.into());
     }
-    Ok(Request::ControlEvents { event, enable })
+    Ok(Request::PauseVcpu {
+        vcpu: request.vcpu,
+        wait,
+    })
 }
 
 fn read_physical<'a>(payload: &[u8]) -> Result<Request<'a>, Reject> {

@@ -39,10 +39,35 @@ fn unknown_or_unserved_ids_are_answered_with_enosys() {
 }
 
 #[test]
-fn event_reply_that_nobody_waits_for_closes_the_connection() {
-    let close = Err(Reject::Close(CloseReason::UnexpectedEventReply));
+fn malformed_event_reply_closes_the_connection() {
+    let close = Err(Reject::Close(CloseReason::MalformedEventReply));
     assert_eq!(parse(VCPU_EVENT, &[0; 16]), close);
     assert_eq!(parse(VCPU_EVENT, &[]), close);
+}
+
+#[test]
+fn pause_checks_its_arguments_before_the_policy() {
+    let pause = Command::VmPauseVcpu.id();
+    let request = Request::PauseVcpu {
+        vcpu: 3,
+        wait: true,
+    };
+    assert_eq!(parse(pause, &[3, 0, 1]), Ok(request));
+    assert_eq!(parse(pause, &[3, 0, 2]), Err(INVAL));
+    for at in 3..8 {
+        let mut bad = [0; 8];
+        bad[at] = 1;
+        assert_eq!(parse(pause, &bad), Err(INVAL), "byte {at}");
+    }
+    let header = Header {
+        id: pause,
+        ..Default::default()
+    };
+    let mut policy = all_allowed();
+    policy.change_events(MaskChange::of_events(&Feature { allow: 0, id: 1 }).unwrap());
+    let result = |payload| Request::parse(&header, payload, &policy);
+    assert_eq!(result(&[0, 0, 2]), Err(INVAL));
+    assert_eq!(result(&[0, 0, 1]), Err(Reject::Reply(KvmiError::Perm)));
 }
 
 #[test]

@@ -106,8 +106,8 @@ impl StreamSocket {
 
     /// Sends the concatenation of `parts`.
     ///
-    /// Two transmissions at the same time may mix: callers exclude each other. After an error an
-    /// unknown part was sent.
+    /// Two transmissions at the same time may mix: callers exclude each other. Fails with `EINTR`
+    /// if a signal came before anything was sent; after any other error an unknown part was sent.
     pub fn send<const N: usize>(&self, parts: [&[u8]; N], wait: Wait) -> Result {
         let mut msg = bindings::msghdr::default();
         let len = parts.iter().map(|part| part.len()).sum::<usize>();
@@ -128,8 +128,29 @@ impl StreamSocket {
         match usize::try_from(ret) {
             Ok(n) if n == len => Ok(()),
             Ok(_) => Err(EPIPE),
-            Err(_) => Err(Error::from_errno(ret)),
+            Err(_) => match Error::from_errno(ret) {
+                e if e == ERESTARTSYS => Err(EINTR),
+                e => Err(e),
+            },
         }
+    }
+
+    /// Whether the peer has closed the connection, or it is shut down; also while there is
+    /// something left to be received.
+    pub fn peer_has_hung_up(&self) -> bool {
+        const EPOLLERR: u32 = 0x8;
+        const EPOLLHUP: u32 = 0x10;
+        const EPOLLRDHUP: u32 = 0x2000;
+
+        // SAFETY: `sock` is valid by the type invariant; file and operations never change.
+        let (file, ops) = unsafe { ((*self.sock.as_ptr()).file, (*self.sock.as_ptr()).ops) };
+        // SAFETY: The operations of a valid socket are valid.
+        let Some(poll) = (unsafe { (*ops).poll }) else {
+            return false;
+        };
+        // SAFETY: Both are valid as long as `self`; without a table nobody is put on a queue.
+        let mask = unsafe { poll(file, self.sock.as_ptr(), core::ptr::null_mut()) };
+        mask & (EPOLLERR | EPOLLHUP | EPOLLRDHUP) != 0
     }
 
     /// Makes pending and future receptions and transmissions end, here and at the peer.

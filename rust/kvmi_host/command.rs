@@ -75,9 +75,15 @@ pub(crate) fn execute<'a>(
             session.vm().write(gpa, data)?;
             Ok(NOTHING)
         }
+        Request::PauseVcpu { vcpu, wait } => {
+            session.vcpu(vcpu)?.pause(wait)?;
+            Ok(NOTHING)
+        }
         Request::ControlCleanup { enable } => {
             session.control_cleanup(enable);
             Ok(NOTHING)
         }
+        // Not commands of the VM: see the receiver.
+        Request::Vcpu(_) | Request::EventReply(_) => Err(KvmiError::NoSys),
     }
 }

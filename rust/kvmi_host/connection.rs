@@ -22,6 +22,7 @@ use kernel::{
 };
 use kvmi_abi::{
     event::{
+        vcpu_event_header,
         EventSeq,
         VmEventMessage, //
     },
@@ -114,10 +115,15 @@ impl Connection {
         }
     }
 
+    /// Whether the tool has closed its end, or the connection is over.
+    pub(crate) fn peer_has_hung_up(&self) -> bool {
+        self.socket.peer_has_hung_up()
+    }
+
     /// Sends the reply to `request`; closes the connection if that fails.
     ///
-    /// For the receive thread: sleeps until the tool reads, the connection is closed or the thread
-    /// is killed.
+    /// Sleeps until the tool reads, the connection is closed or a signal arrives: then it fails
+    /// with `EINTR`, and nothing was sent.
     pub(crate) fn reply(&self, request: &Header, result: Result<&[u8], KvmiError>) -> Result {
         let (head, data) = match result {
             Ok(data) => (
@@ -134,14 +140,35 @@ impl Connection {
     ///
     /// Sleeps [`EVENT_PATIENCE_MS`] at most. Fails with `EAGAIN` if the tool does not read.
     pub(crate) fn send_vm_event(&self, event: Event) -> Result {
-        let turn = self.wait_for_turn_shortly()?;
-        let seq = turn.0.outgoing.lock().seq.advance();
-        self.send([VmEventMessage::new(event, seq).as_bytes()], Wait::Never)
+        let _turn = self.wait_for_turn_shortly()?;
+        let seq = self.outgoing.lock().seq.next_number();
+        self.send([VmEventMessage::new(event, seq).as_bytes()], Wait::Never)?;
+        self.outgoing.lock().seq.advance();
+        Ok(())
     }
 
-    /// Sends while the caller has the turn.
+    /// Sends an event of a vCPU. `expect` gets its sequence number before it is sent, since the
+    /// reply may be there before this returns.
+    ///
+    /// Sleeps as [`Self::reply`] does, and fails in the same way.
+    pub(crate) fn send_vcpu_event(&self, body: &[u8], expect: impl FnOnce(u32)) -> Result {
+        let _turn = self.wait_for_turn()?;
+        let seq = self.outgoing.lock().seq.next_number();
+        let header = vcpu_event_header(body.len(), seq).ok_or(EMSGSIZE)?;
+        expect(seq);
+        self.send([header.as_bytes(), body], Wait::ForRoom)?;
+        self.outgoing.lock().seq.advance();
+        Ok(())
+    }
+
+    /// Sends while the caller has the turn. An interrupted transmission leaves no trace; after any
+    /// other failure the stream is out of step.
     fn send<const N: usize>(&self, parts: [&[u8]; N], wait: Wait) -> Result {
-        self.socket.send(parts, wait).inspect_err(|_| self.close())
+        self.socket.send(parts, wait).inspect_err(|e| {
+            if *e != EINTR {
+                self.close();
+            }
+        })
     }
 
     fn wait_for_turn(&self) -> Result<Turn<'_>> {

@@ -19,9 +19,11 @@ use kernel::{
 use kvmi_abi::{
     dev::{
         Attach,
+        EventTimeout,
         VmMemory,
         VmStatus,
         ATTACH,
+        EVENT_TIMEOUT,
         STATUS_DISCONNECTED,
         STATUS_HOOKED,
         VM_MEMORY,
@@ -56,6 +58,8 @@ struct State {
     session: Option<Arc<Session>>,
     /// What the tool may do from its first command on, if a VM gets hooked.
     policy: Policy,
+    /// How long vCPUs wait for it then, if that was said.
+    event_timeout_ms: Option<u32>,
 }
 
 /// An open file of the device. Closing it unhooks the VM that was hooked through it.
@@ -91,6 +95,7 @@ impl MiscDevice for DeviceFile {
                 write_arg(arg, &memory)?;
                 Ok(0)
             }
+            EVENT_TIMEOUT => me.set_event_timeout(read_arg(arg)?),
             _ => {
                 // Not under the lock: the session has its own, and PREUNHOOK may sleep.
                 let session = me.state.lock().session.clone();
@@ -115,11 +120,26 @@ impl DeviceFile {
         let vm = VmRef::from_fd(attach.vm_fd)?;
         vm.may_attach()?;
         let session = Session::hook(&vm, attach.socket_fd, attach.uuid, state.policy)?;
+        if let Some(ms) = state.event_timeout_ms {
+            session.set_event_timeout(ms);
+        }
         let old = state.session.replace(session);
         // Putting the last reference to the VM unhooks it, and the old session goes with its
         // socket: not under the lock.
         drop(state);
         drop(old);
+        Ok(0)
+    }
+
+    fn set_event_timeout(&self, timeout: EventTimeout) -> Result<isize> {
+        if timeout.padding != 0 {
+            return Err(EINVAL);
+        }
+        let mut state = self.state.lock();
+        state.event_timeout_ms = Some(timeout.ms);
+        if let Some(session) = &state.session {
+            session.set_event_timeout(timeout.ms);
+        }
         Ok(0)
     }
 
@@ -182,6 +202,7 @@ fn vm_status(request: VmStatus) -> Result<VmStatus> {
         status.commands = counters.commands.load(Relaxed);
         status.events = counters.events.load(Relaxed);
         status.memslot_changes = counters.memslot_changes.load(Relaxed);
+        status.held_ns = counters.held_ns.load(Relaxed);
     }
     Ok(status)
 }

@@ -5,13 +5,20 @@
 //! C header: `include/linux/kvm_introspection.h`, added by `patches/`.
 
 mod provider;
+mod vcpu;
 mod vm;
 
 pub(crate) use provider::{
     Attachment,
     Provider,
     Registration,
-    SlotChange, //
+    SlotChange,
+    WorkDone, //
+};
+pub(crate) use vcpu::{
+    CurrentVcpu,
+    VcpuRemote,
+    Woken, //
 };
 pub(crate) use vm::{
     AttachedVm,

@@ -11,6 +11,7 @@
 //! * [`kvm`] is the only part that talks to kvm.ko.
 //! * [`session`] is a hooked VM: who may do what, and the order of setting up and tearing down.
 //! * [`receiver`] is the thread that serves the tool; [`command`] is what it does.
+//! * [`vcpu`] is what a vCPU's thread does for the tool: [`vcpu_command`].
 //! * [`connection`] is the tool's socket: who may send, and when it is over.
 //! * [`ioctl`] and [`device`] are the two doors through which a VM gets hooked.
 
@@ -24,6 +25,8 @@ mod registry;
 mod session;
 #[cfg(CONFIG_KUNIT)]
 mod tests;
+mod vcpu;
+mod vcpu_command;
 
 use kernel::{
     miscdevice::MiscDeviceOptions,
@@ -44,6 +47,12 @@ module! {
     authors: ["The KVMI maintainers"],
     description: "Virtual-machine introspection for KVM",
     license: "GPL",
+    params: {
+        event_timeout_ms: u32 {
+            default: 0,
+            description: "How long a vCPU waits for the reply to an event, in milliseconds (0: for ever); then the tool is disconnected",
+        },
+    },
 }
 
 /// The loaded module. Fields are dropped in the order of their declaration: first nobody can open

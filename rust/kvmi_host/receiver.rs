@@ -10,7 +10,11 @@ use kernel::{
     }, //
 };
 use kvmi_abi::{
-    wire::MAX_MSG_SIZE,
+    vcpu_request::VcpuMessage,
+    wire::{
+        Header,
+        MAX_MSG_SIZE, //
+    },
     Reject,
     Request, //
 };
@@ -22,7 +26,8 @@ use crate::{
         Scratch, //
     },
     connection::Connection,
-    session::Session, //
+    session::Session,
+    vcpu::Job, //
 };
 
 /// The receive thread of a session. Dropping it closes the connection, then ends the thread.
@@ -43,6 +48,7 @@ impl Receiver {
                 // Whatever ended the service, the tool and the VMM learn it from the socket.
                 let _ = serve(&session, &mut buffers);
                 session.connection().close();
+                session.release_vcpus();
             })?,
         })
     }
@@ -81,6 +87,20 @@ fn serve(session: &Session, buffers: &mut Buffers) -> Result {
 
         let policy = session.policy();
         let result = match Request::parse(&header, payload, &policy) {
+            Ok(Request::Vcpu(message)) => match session.usable_vcpu(message.vcpu) {
+                Ok(vcpu) => {
+                    vcpu.enqueue(job(&header, &message)?)?;
+                    continue;
+                }
+                Err(error) => Err(error),
+            },
+            Ok(Request::EventReply(answer)) => {
+                let vcpu = session.vcpu(answer.vcpu).map_err(|_| EINVAL)?;
+                if !vcpu.answer(header.seq, &answer) {
+                    return Ok(());
+                }
+                continue;
+            }
             Ok(request) => command::execute(session, &policy, request, &mut buffers.scratch),
             Err(Reject::Reply(error)) => Err(error),
             Err(Reject::Close(_)) => return Ok(()),
@@ -88,4 +108,15 @@ fn serve(session: &Session, buffers: &mut Buffers) -> Result {
         connection.reply(&header, result)?;
     }
     Ok(())
+}
+
+/// Makes a job of a vCPU's command.
+fn job(header: &Header, message: &VcpuMessage<'_>) -> Result<Job> {
+    let mut payload = KVec::with_capacity(message.payload.len(), GFP_KERNEL)?;
+    payload.extend_from_slice(message.payload, GFP_KERNEL)?;
+    Ok(Job {
+        header: *header,
+        command: message.command,
+        payload,
+    })
 }

@@ -30,6 +30,7 @@ use kvmi_abi::{
         MaskChange, //
     },
     Event,
+    KvmiError,
     Policy, //
 };
 use kvmi_common::socket::StreamSocket;
@@ -40,13 +41,18 @@ use crate::{
     kvm::{
         AttachedVm,
         Attachment,
+        CurrentVcpu,
         Provider,
         SlotChange,
+        VcpuRemote,
         Vm,
-        VmId, //
+        VmId,
+        WorkDone, //
     },
+    module_parameters,
     receiver::Receiver,
-    registry, //
+    registry,
+    vcpu::Vcpu, //
 };
 
 /// Who is hooked to whom, as given when the VM was hooked.
@@ -64,6 +70,7 @@ pub(crate) struct Counters {
     pub(crate) events: Atomic<u64>,
     pub(crate) memslot_changes: Atomic<u64>,
     pub(crate) vcpus_served: Atomic<u32>,
+    pub(crate) held_ns: Atomic<u64>,
 }
 
 /// What exists as long as the VM is hooked. Fields are dropped in the order of their declaration.
@@ -79,7 +86,7 @@ struct Hooked {
 /// A VM that is hooked, or was.
 ///
 /// `Hooked` refers back to the session from three places (the receive thread, kvm.ko, the
-/// registry); [`Session::unhook`] cuts these cycles.
+/// registry), and so do its vCPUs; [`Session::unhook`] cuts these cycles.
 #[pin_data]
 pub(crate) struct Session {
     vm_id: VmId,
@@ -88,10 +95,15 @@ pub(crate) struct Session {
     counters: Counters,
     /// The tool wants to be told of a coming unhook.
     unhook_event: Atomic<bool>,
+    /// How long a vCPU waits for the reply to an event; 0 means for ever.
+    event_timeout_ms: Atomic<u32>,
     /// Whether unhooking restores interceptions; nothing is intercepted so far.
     cleanup: Atomic<bool>,
     #[pin]
     vm: AttachedVm,
+    /// By index; empty where kvm.ko has told of no vCPU.
+    #[pin]
+    vcpus: Mutex<KVec<Option<Arc<Vcpu>>>>,
     #[pin]
     policy: SpinLock<Policy>,
     #[pin]
@@ -124,10 +136,13 @@ impl Session {
                     events: Atomic::new(0),
                     memslot_changes: Atomic::new(0),
                     vcpus_served: Atomic::new(0),
+                    held_ns: Atomic::new(0),
                 },
                 unhook_event: Atomic::new(false),
+                event_timeout_ms: Atomic::new(*module_parameters::event_timeout_ms.value()),
                 cleanup: Atomic::new(true),
                 vm <- AttachedVm::new(),
+                vcpus <- new_mutex!(KVec::new(), "Session::vcpus"),
                 policy <- new_spinlock!(policy, "Session::policy"),
                 hooked <- new_mutex!(None, "Session::hooked"),
             }),
@@ -206,9 +221,69 @@ impl Session {
         }
     }
 
+    /// Sets how long a vCPU waits for the reply to an event, in milliseconds; 0 means for ever.
+    pub(crate) fn set_event_timeout(&self, ms: u32) {
+        self.event_timeout_ms.store(ms, Relaxed);
+    }
+
+    /// Returns the same, in ns.
+    pub(crate) fn event_timeout_ns(&self) -> u64 {
+        u64::from(self.event_timeout_ms.load(Relaxed)) * 1_000_000
+    }
+
     /// Sets whether unhooking restores interceptions.
     pub(crate) fn control_cleanup(&self, enable: bool) {
         self.cleanup.store(enable, Relaxed);
+    }
+
+    /// Returns a vCPU that can execute commands. Fails with `Inval` if there is none, `Again` if it
+    /// has not been started and waits for no reply.
+    pub(crate) fn usable_vcpu(&self, index: u16) -> Result<Arc<Vcpu>, KvmiError> {
+        let vcpu = self.vcpu(index)?;
+        if vcpu.is_usable() {
+            Ok(vcpu)
+        } else {
+            Err(KvmiError::Again)
+        }
+    }
+
+    /// Returns a vCPU by its index. Fails with `Inval` if there is none, `Again` if it exists but
+    /// could not be entered for lack of memory.
+    pub(crate) fn vcpu(&self, index: u16) -> Result<Arc<Vcpu>, KvmiError> {
+        let vcpus = self.vcpus.lock();
+        let vcpu = vcpus.get(usize::from(index)).and_then(Clone::clone);
+        drop(vcpus);
+        match vcpu {
+            Some(vcpu) => Ok(vcpu),
+            None if u32::from(index) >= self.vm.vcpu_count()? => Err(KvmiError::Inval),
+            None => Err(KvmiError::Again),
+        }
+    }
+
+    /// Lets go of all vCPUs: there is no tool any more.
+    pub(crate) fn release_vcpus(&self) {
+        for vcpu in self.vcpus.lock().iter().flatten() {
+            vcpu.release();
+        }
+    }
+
+    /// Enters a vCPU.
+    fn add_vcpu(&self, vcpu: Arc<Vcpu>) -> Result {
+        let mut vcpus = self.vcpus.lock();
+        let index = usize::from(vcpu.index());
+        while vcpus.len() <= index {
+            vcpus.push(None, GFP_KERNEL)?;
+        }
+        *vcpus.get_mut(index).ok_or(EINVAL)? = Some(vcpu);
+        Ok(())
+    }
+
+    /// Removes a vCPU.
+    fn remove_vcpu(&self, index: u16) {
+        let mut vcpus = self.vcpus.lock();
+        let removed = vcpus.get_mut(usize::from(index)).and_then(Option::take);
+        drop(vcpus);
+        drop(removed);
     }
 
     pub(crate) fn vm_id(&self) -> VmId {
@@ -246,13 +321,6 @@ pub(crate) fn event_change(feature: &Feature) -> Result<MaskChange> {
     MaskChange::of_events(feature).map_err(feature_errno)
 }
 
-/// A vCPU of a hooked VM.
-pub(crate) struct Vcpu {
-    session: Arc<Session>,
-    /// It has served a request, so its thread is in `KVM_RUN` or has been.
-    served: Atomic<bool>,
-}
-
 impl Provider for Session {
     type Vcpu = Vcpu;
 
@@ -272,22 +340,29 @@ impl Provider for Session {
         &self.vm
     }
 
-    fn vcpu_create(this: ArcBorrow<'_, Self>, _index: u32) -> Result<KBox<Vcpu>> {
-        let vcpu = Vcpu {
-            session: this.into(),
-            served: Atomic::new(false),
-        };
-        Ok(KBox::new(vcpu, GFP_KERNEL)?)
+    fn vcpu_create(
+        this: ArcBorrow<'_, Self>,
+        index: u32,
+        remote: Arc<VcpuRemote>,
+    ) -> Result<Arc<Vcpu>> {
+        let vcpu = Vcpu::new(index.try_into()?, this.into(), remote)?;
+        this.add_vcpu(vcpu.clone())?;
+        // The tool may have gone between the look at the connection and the entry.
+        if this.connection.is_closed() {
+            vcpu.release();
+        }
+        Ok(vcpu)
+    }
+
+    fn vcpu_destroy(vcpu: &Arc<Vcpu>) {
+        vcpu.session().remove_vcpu(vcpu.index());
     }
 
     fn memslot(&self, _change: SlotChange) {
         self.counters.memslot_changes.fetch_add(1, Relaxed);
     }
 
-    fn vcpu_work(vcpu: &Vcpu) -> Result {
-        if !vcpu.served.xchg(true, Relaxed) {
-            vcpu.session.counters.vcpus_served.fetch_add(1, Relaxed);
-        }
-        Ok(())
+    fn vcpu_work(vcpu: &Vcpu, current: &CurrentVcpu) -> Result<WorkDone> {
+        vcpu.work(current)
     }
 }

@@ -139,9 +139,108 @@ struct kvmi_vm_write_physical {
 	__u8 data[];
 };
 
+struct kvmi_vm_pause_vcpu {
+	__u16 vcpu;
+	__u8 wait;		/* 1: reply when the vCPU is out of the guest */
+	__u8 padding1;
+	__u32 padding2;
+};
+
 struct kvmi_vm_control_cleanup {
 	__u8 enable;
 	__u8 padding[7];
+};
+
+/*
+ * Requests of vCPU commands follow a struct kvmi_vcpu_hdr, replies a struct
+ * kvmi_error_code.
+ */
+
+struct kvmi_vcpu_get_info_reply {
+	__u64 tsc_speed;	/* in Hz */
+};
+
+struct kvmi_vcpu_control_events {
+	__u16 event_id;
+	__u8 enable;
+	__u8 padding1;
+	__u32 padding2;
+};
+
+struct kvmi_vcpu_get_registers {
+	__u16 nmsrs;
+	__u16 padding1;
+	__u32 padding2;
+	__u32 msrs_idx[];
+};
+
+struct kvmi_vcpu_get_registers_reply {
+	__u32 mode;		/* default operand size in bytes: 2, 4 or 8 */
+	__u32 padding;
+	struct kvm_regs regs;
+	struct kvm_sregs sregs;
+	struct kvm_msrs msrs;
+};
+
+struct kvmi_vcpu_set_registers {
+	struct kvm_regs regs;
+};
+
+struct kvmi_vcpu_get_cpuid {
+	__u32 function;
+	__u32 index;
+};
+
+struct kvmi_vcpu_get_cpuid_reply {
+	__u32 eax;
+	__u32 ebx;
+	__u32 ecx;
+	__u32 edx;
+};
+
+struct kvmi_vcpu_inject_exception {
+	__u8 nr;
+	__u8 padding1;
+	__u16 padding2;
+	__u32 error_code;
+	__u64 address;		/* of a page fault */
+};
+
+struct kvmi_vcpu_get_xcr {
+	__u8 xcr;		/* 0 */
+	__u8 padding[7];
+};
+
+struct kvmi_vcpu_get_xcr_reply {
+	__u64 value;
+};
+
+struct kvmi_vcpu_get_xsave_reply {
+	struct kvm_xsave xsave;
+};
+
+struct kvmi_vcpu_set_xsave {
+	struct kvm_xsave xsave;
+};
+
+struct kvmi_vcpu_get_mtrr_type {
+	__u64 gpa;
+};
+
+struct kvmi_vcpu_get_mtrr_type_reply {
+	__u8 type;		/* 0 UC, 1 WC, 4 WT, 5 WP, 6 WB */
+	__u8 padding[7];
+};
+
+struct kvmi_vcpu_translate_gva {
+	__u64 gva;
+};
+
+/* The gpa of an address that is not mapped. */
+#define KVMI_GPA_UNMAPPED (~0ULL)
+
+struct kvmi_vcpu_translate_gva_reply {
+	__u64 gpa;
 };
 
 /* First part of every event. */
@@ -156,6 +255,32 @@ struct kvmi_vcpu_event {
 	__u16 vcpu;
 	__u32 padding;
 	struct kvmi_vcpu_event_arch arch;
+};
+
+/* The nr of a TRAP event that says that an injected exception got lost. */
+#define KVMI_TRAP_NO_EXCEPTION 0xff
+
+struct kvmi_vcpu_event_trap {
+	__u8 nr;		/* vector of what is about to be delivered */
+	__u8 padding1;
+	__u16 padding2;
+	__u32 error_code;
+	__u64 address;		/* CR2, for a page fault */
+};
+
+/* What to do about a vCPU event. */
+enum {
+	KVMI_EVENT_ACTION_CONTINUE	= 0,	/* go on as if not introspected */
+	KVMI_EVENT_ACTION_RETRY		= 1,	/* run the instruction again */
+	KVMI_EVENT_ACTION_CRASH		= 2,	/* stop the VM */
+};
+
+/* Reply to a vCPU event; follows a struct kvmi_vcpu_hdr. */
+struct kvmi_vcpu_event_reply {
+	__u8 action;
+	__u8 event;		/* the one that this is the reply to */
+	__u16 padding1;
+	__u32 padding2;
 };
 
 /* Handshake, VMM to tool. */
@@ -223,6 +348,7 @@ struct kvmi_dev_vm_status {
 	__u64 commands;
 	__u64 events;
 	__u64 memslot_changes;
+	__u64 held_ns;		/* spent waiting for replies to events */
 	__u8 uuid[16];
 };
 
@@ -233,9 +359,16 @@ struct kvmi_dev_vm_memory {
 	__u64 size;		/* out */
 };
 
+/* When it is over for an event the tool is disconnected. */
+struct kvmi_dev_event_timeout {
+	__u32 ms;		/* 0: for ever */
+	__u32 padding;
+};
+
 #define KVMI_IO 0xB9
 #define KVMI_DEV_ATTACH    _IOW(KVMI_IO, 0x00, struct kvmi_dev_attach)
 #define KVMI_DEV_VM_STATUS _IOWR(KVMI_IO, 0x01, struct kvmi_dev_vm_status)
 #define KVMI_DEV_VM_MEMORY _IOWR(KVMI_IO, 0x02, struct kvmi_dev_vm_memory)
+#define KVMI_DEV_EVENT_TIMEOUT _IOW(KVMI_IO, 0x03, struct kvmi_dev_event_timeout)
 
 #endif /* _UAPI_LINUX_KVMI_H */

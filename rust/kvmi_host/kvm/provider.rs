@@ -28,9 +28,16 @@ use kernel::{
 };
 use kvmi_bindings as bindings;
 
-use super::vm::{
-    AttachedVm,
-    Vm, //
+use super::{
+    vcpu::{
+        CurrentVcpu,
+        VcpuPtr,
+        VcpuRemote, //
+    },
+    vm::{
+        AttachedVm,
+        Vm, //
+    }, //
 };
 
 /// How a memory slot has changed.
@@ -60,7 +67,7 @@ impl SlotChange {
 /// `include/linux/kvm_introspection.h`.
 pub(crate) trait Provider: Send + Sync + Sized + 'static {
     /// What the provider keeps for each vCPU.
-    type Vcpu: Send + Sync;
+    type Vcpu: Send + Sync + 'static;
 
     /// Answer to `KVM_CHECK_EXTENSION`.
     const VERSION: u32;
@@ -75,13 +82,37 @@ pub(crate) trait Provider: Send + Sync + Sized + 'static {
     fn vm(&self) -> &AttachedVm;
 
     /// A vCPU is there.
-    fn vcpu_create(this: ArcBorrow<'_, Self>, index: u32) -> Result<KBox<Self::Vcpu>>;
+    fn vcpu_create(
+        this: ArcBorrow<'_, Self>,
+        index: u32,
+        remote: Arc<VcpuRemote>,
+    ) -> Result<Arc<Self::Vcpu>>;
+
+    /// A vCPU is not attached any more.
+    fn vcpu_destroy(vcpu: &Arc<Self::Vcpu>);
 
     /// A memory slot has changed.
     fn memslot(&self, change: SlotChange);
 
-    /// Serves a request on the vCPU's thread, before it enters the guest.
-    fn vcpu_work(vcpu: &Self::Vcpu) -> Result;
+    /// Serves a request on the vCPU's thread, before it enters the guest. Fails with `EINTR` if a
+    /// signal is pending, and is called again then.
+    fn vcpu_work(vcpu: &Self::Vcpu, current: &CurrentVcpu) -> Result<WorkDone>;
+}
+
+/// What a vCPU does after [`Provider::vcpu_work`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WorkDone {
+    /// Goes on.
+    Enter,
+    /// Leaves `KVM_RUN`, after [`CurrentVcpu::crash`].
+    Leave,
+}
+
+/// What kvm.ko keeps for us for each vCPU.
+struct VcpuSlot<P: Provider> {
+    ptr: VcpuPtr,
+    remote: Arc<VcpuRemote>,
+    vcpu: Arc<P::Vcpu>,
 }
 
 /// The registration of a provider, ended by dropping it.
@@ -156,16 +187,24 @@ impl<P: Provider> Registration<P> {
     /// `vcpu_priv` must be valid for writing.
     unsafe extern "C" fn vcpu_create(
         vm_priv: *mut c_void,
-        _vcpu: *mut bindings::kvm_vcpu,
+        vcpu: *mut bindings::kvm_vcpu,
         index: u32,
         vcpu_priv: *mut *mut c_void,
     ) -> c_int {
         // SAFETY: By the safety requirements of this function; the attachment owns a reference.
         let this = unsafe { Arc::<P>::borrow(vm_priv) };
         from_result(|| {
-            let vcpu = P::vcpu_create(this, index)?;
+            let ptr = VcpuPtr::new(vcpu)?;
+            // SAFETY: The vCPU is valid until `vcpu_destroy()`, which revokes.
+            let remote = Arc::pin_init(unsafe { VcpuRemote::new(ptr) }, GFP_KERNEL)?;
+            let room = KBox::new_uninit(GFP_KERNEL)?;
+            let vcpu = P::vcpu_create(this, index, remote.clone()).inspect_err(|_| {
+                // The provider may have kept a reference.
+                remote.revoke();
+            })?;
+            let slot = room.write(VcpuSlot::<P> { ptr, remote, vcpu });
             // SAFETY: By the safety requirements of this function.
-            unsafe { vcpu_priv.write(vcpu.into_foreign()) };
+            unsafe { vcpu_priv.write(slot.into_foreign()) };
             Ok(0)
         })
     }
@@ -175,7 +214,9 @@ impl<P: Provider> Registration<P> {
     /// `vcpu_priv` must come from [`Self::vcpu_create`]; nobody may use it any more.
     unsafe extern "C" fn vcpu_destroy(vcpu_priv: *mut c_void) {
         // SAFETY: By the safety requirements of this function.
-        drop(unsafe { KBox::<P::Vcpu>::from_foreign(vcpu_priv) });
+        let slot = unsafe { KBox::<VcpuSlot<P>>::from_foreign(vcpu_priv) };
+        slot.remote.revoke();
+        P::vcpu_destroy(&slot.vcpu);
     }
 
     /// # Safety
@@ -200,8 +241,15 @@ impl<P: Provider> Registration<P> {
     /// `vcpu_priv` must come from [`Self::vcpu_create`] and not have been destroyed.
     unsafe extern "C" fn vcpu_work(vcpu_priv: *mut c_void) -> c_int {
         // SAFETY: By the safety requirements of this function.
-        let vcpu = unsafe { KBox::<P::Vcpu>::borrow(vcpu_priv) };
-        from_result(|| P::vcpu_work(vcpu).map(|()| 1))
+        let slot = unsafe { KBox::<VcpuSlot<P>>::borrow(vcpu_priv) };
+        // SAFETY: This is that callback, and `current` ends with it.
+        let current = unsafe { CurrentVcpu::new(slot.ptr) };
+        match P::vcpu_work(&slot.vcpu, &current) {
+            Ok(WorkDone::Enter) => 1,
+            Ok(WorkDone::Leave) => 0,
+            // The only error that kvm.ko knows here.
+            Err(_) => EINTR.to_errno(),
+        }
     }
 }
 

@@ -16,10 +16,15 @@ use crate::{
 };
 
 impl<S: AsFd> Connection<S> {
-    /// Gives a command whose reply has a `T`; hosts newer than this crate may append to it.
+    /// Gives a command whose reply has a `T`.
     fn ask<T: FromBytes>(&mut self, command: Command) -> Result<T> {
         let data = self.command(command, &[])?;
-        match T::read_from_prefix(&data) {
+        self.decode(&data)
+    }
+
+    /// Takes a `T` from the data of a reply; hosts newer than this crate may append to it.
+    pub(crate) fn decode<T: FromBytes>(&mut self, data: &[u8]) -> Result<T> {
+        match T::read_from_prefix(data) {
             Ok((reply, _)) => Ok(reply),
             Err(_) => Err(self.violated(ProtocolError::Size {
                 got: data.len(),

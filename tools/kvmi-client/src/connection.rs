@@ -4,13 +4,20 @@
 
 use std::{collections::VecDeque, os::fd::AsFd, time::Duration};
 
-use kvmi_abi::{wire::Header, wire::MAX_MSG_SIZE, Command, KvmiError};
+use kvmi_abi::{
+    id::VCPU_EVENT,
+    vcpu::EventReply,
+    vcpu_request::Action,
+    wire::{Header, VcpuHeader, MAX_MSG_SIZE},
+    Command, KvmiError,
+};
+use rustix::net::{shutdown, Shutdown};
 use zerocopy::IntoBytes as _;
 
 use crate::{
     decoder::{Decoder, Message},
     error::{Error, ProtocolError, Result},
-    event::Event,
+    event::{Event, VcpuEvent},
     io::{recv_now, recv_some, send_all, Deadline},
 };
 
@@ -77,6 +84,26 @@ impl<S: AsFd> Connection<S> {
         .map_err(|error| Error::Kvmi(error, command))
     }
 
+    /// As [`Self::command`], for a command of the vCPU with the index `vcpu`.
+    ///
+    /// A vCPU serves commands on its own thread and inside `KVM_RUN` only. While the VMM is busy
+    /// with the vCPU this takes longer, and as long as the VMM has stopped the VM, for ever: the
+    /// error is [`Error::VcpuTimeout`] then.
+    pub fn vcpu_command(
+        &mut self,
+        vcpu: u16,
+        command: Command,
+        parts: &[&[u8]],
+    ) -> Result<Vec<u8>> {
+        let header = vcpu_header(vcpu);
+        let mut all = vec![header.as_bytes()];
+        all.extend(parts);
+        self.command(command, &all).map_err(|error| match error {
+            Error::Timeout => Error::VcpuTimeout { vcpu, command },
+            error => error,
+        })
+    }
+
     /// Runs an exchange of messages; if it fails, or panics, the connection is not usable any
     /// more, for nobody knows what is still under way.
     pub(crate) fn exchange<R>(&mut self, run: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
@@ -103,8 +130,10 @@ impl<S: AsFd> Connection<S> {
         Ok(header)
     }
 
-    /// Receives the reply to a command, putting aside events that come in between. Replies come in
-    /// the order of the commands.
+    /// Receives the reply to a command, putting aside events that come in between.
+    ///
+    /// Replies come in the order of the commands of the VM. Those of vCPUs could overtake them and
+    /// one another, so a command of a vCPU must be the only one under way.
     pub(crate) fn reply_to(
         &mut self,
         header: &Header,
@@ -139,6 +168,65 @@ impl<S: AsFd> Connection<S> {
         }
         let message = self.receive(Deadline::after(timeout))?;
         self.event_only(&message)
+    }
+
+    /// Returns the first event that is `wanted`, as [`Self::next_event`] does; the others stay for
+    /// later.
+    pub fn wait_for_event(
+        &mut self,
+        timeout: Option<Duration>,
+        wanted: impl FnMut(&Event) -> bool,
+    ) -> Result<Event> {
+        self.wait_for_event_until(Deadline::after(timeout), wanted)
+    }
+
+    /// As [`Self::wait_for_event`], until a point in time.
+    pub(crate) fn wait_for_event_until(
+        &mut self,
+        deadline: Deadline,
+        mut wanted: impl FnMut(&Event) -> bool,
+    ) -> Result<Event> {
+        let waiting = self.events.iter().position(&mut wanted);
+        if let Some(event) = waiting.and_then(|at| self.events.remove(at)) {
+            return Ok(event);
+        }
+        loop {
+            let message = self.receive(deadline)?;
+            let event = self.event_only(&message)?;
+            if wanted(&event) {
+                return Ok(event);
+            }
+            self.keep(event).inspect_err(|_| self.usable = false)?;
+        }
+    }
+
+    /// Replies to an event of a vCPU, which then runs on. That is due once for each event.
+    ///
+    /// [`Action::Retry`] is for events that interrupt an instruction; the host closes the
+    /// connection if it gets that for another one.
+    pub fn reply_event(&mut self, event: &VcpuEvent, action: Action) -> Result<()> {
+        const SIZE: u16 = 16;
+        const _: () = assert!(size_of::<EventReply>() == SIZE as usize);
+        let reply = EventReply {
+            vcpu: vcpu_header(event.vcpu),
+            action: action.code(),
+            event: event.kind.id(),
+            ..Default::default()
+        };
+        let header = Header {
+            id: VCPU_EVENT,
+            size: SIZE,
+            seq: event.seq,
+        };
+        self.exchange(|connection| connection.send_raw(&header, reply.as_bytes()))
+    }
+
+    /// Gives up the connection. The host then lets all vCPUs run on, those included that wait for
+    /// a reply to an event or are still to be paused.
+    pub fn hang_up(&mut self) {
+        self.usable = false;
+        // It fails if the other side has hung up, which is just as well.
+        let _ = shutdown(&self.stream, Shutdown::Both);
     }
 
     /// Returns the next event if there is one already.
@@ -222,6 +310,13 @@ impl<S: AsFd> Connection<S> {
         self.decoder
             .feed(self.incoming.get(..len).unwrap_or_default());
         Ok(())
+    }
+}
+
+fn vcpu_header(vcpu: u16) -> VcpuHeader {
+    VcpuHeader {
+        vcpu,
+        ..Default::default()
     }
 }
 

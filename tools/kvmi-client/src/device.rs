@@ -7,10 +7,11 @@ use std::{
     io,
     ops::Range,
     os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    time::Duration,
 };
 
 use kvmi_abi::{
-    dev::{self, Attach, VmMemory, VmStatus},
+    dev::{self, Attach, EventTimeout, VmMemory, VmStatus},
     ioctl::{Feature, COMMAND, EVENT, PREUNHOOK, UNHOOK},
     Command, Event,
 };
@@ -134,6 +135,18 @@ impl Device {
         done.map_err(|errno| AttachError::system("change the allowed events", errno))
     }
 
+    /// Sets how long a vCPU waits for the reply to an event before the tool is disconnected; `None`
+    /// is for ever. Concerns the VM that is hooked, or gets hooked next.
+    pub fn set_event_timeout(&self, timeout: Option<Duration>) -> Result<(), AttachError> {
+        let argument = EventTimeout {
+            ms: timeout.map_or(0, milliseconds),
+            padding: 0,
+        };
+        // SAFETY: EVENT_TIMEOUT reads an `EventTimeout`, and nothing else, through its argument.
+        let done = unsafe { ioctl(&self.0, Setter::<{ dev::EVENT_TIMEOUT }, _>::new(argument)) };
+        done.map_err(|errno| AttachError::system("change the time allowed for events", errno))
+    }
+
     /// Tells the tool that the VM is about to be unhooked.
     pub fn pre_unhook(&self) -> io::Result<()> {
         // SAFETY: PREUNHOOK takes no argument.
@@ -149,9 +162,36 @@ impl Device {
     }
 }
 
+/// A time in the unit of the ioctl, rounded up: 0 would mean for ever, and so does a time that is
+/// too long to be told.
+fn milliseconds(time: Duration) -> u32 {
+    let ms = time.as_nanos().div_ceil(1_000_000).max(1);
+    u32::try_from(ms).unwrap_or(0)
+}
+
 fn feature(id: u16, allow: bool) -> Feature {
     Feature {
         allow: allow.into(),
         id: id.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_is_rounded_up_and_never_zero_by_accident() {
+        for (time, ms) in [
+            (Duration::ZERO, 1),
+            (Duration::from_nanos(1), 1),
+            (Duration::from_millis(7), 7),
+            (Duration::from_nanos(7_000_001), 8),
+            (Duration::from_millis(u32::MAX.into()), u32::MAX),
+            (Duration::from_millis(1 << 32), 0),
+            (Duration::MAX, 0),
+        ] {
+            assert_eq!(milliseconds(time), ms, "{time:?}");
+        }
     }
 }

@@ -12,8 +12,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why an operation on a connection failed.
 ///
-/// After any error but [`Error::Kvmi`] and [`Error::Range`] no more commands can be given, for a
-/// late reply could be taken for that to another command.
+/// After most errors no more commands can be given, for a late reply could be taken for that to
+/// another command: see [`Error::is_recoverable`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -32,8 +32,30 @@ pub enum Error {
     /// The other side did not answer in time.
     #[error("no answer within the time allowed")]
     Timeout,
-    /// A range of memory that ends beyond the last address.
-    #[error("the range goes beyond the end of the address space")]
+    /// A vCPU did not serve a command in time.
+    #[error(
+        "vCPU {vcpu} did not serve {command} in time: it can only do so inside KVM_RUN, and the VMM \
+         has not called that, or not returned to it",
+        command = .command.name()
+    )]
+    VcpuTimeout {
+        /// Its index.
+        vcpu: u16,
+        /// Which command.
+        command: Command,
+    },
+    /// A vCPU that was told to pause did not do so in time.
+    #[error(
+        "vCPU {0} did not pause in time: it can only do so inside KVM_RUN, and the VMM has not \
+         called that, or not returned to it; or an event of this vCPU waits for a reply"
+    )]
+    NotPaused(u16),
+    /// The guest has nothing mapped at this virtual address.
+    #[error("nothing is mapped at the virtual address {0:#x}")]
+    Unmapped(u64),
+    /// A range of memory that ends beyond the last address, or a request larger than a message may
+    /// be.
+    #[error("the range goes beyond the end of the address space, or the request is too large")]
     Range,
     /// The other side does not know the secret of the handshake.
     #[error("the cookie of the other side is wrong")]
@@ -46,7 +68,7 @@ pub enum Error {
 impl Error {
     /// Whether the connection can be used after this error.
     pub fn is_recoverable(&self) -> bool {
-        matches!(self, Self::Kvmi(..) | Self::Range)
+        matches!(self, Self::Kvmi(..) | Self::Range | Self::Unmapped(_))
     }
 }
 
@@ -88,9 +110,12 @@ pub enum ProtocolError {
     /// A reply with an error number that does not exist.
     #[error("unknown error number {0}")]
     UnknownError(i32),
-    /// An event that does not exist, or not in a message of this kind.
-    #[error("unknown event {0}")]
-    UnknownEvent(u16),
+    /// An event in a message of the wrong kind, or with an id that no reply can carry.
+    #[error("impossible event {0}")]
+    ImpossibleEvent(u16),
+    /// Registers with other MSRs than those asked for.
+    #[error("the registers come with other MSRs than asked for")]
+    WrongMsrs,
     /// More events than anybody reads.
     #[error("too many events are waiting")]
     TooManyEvents,

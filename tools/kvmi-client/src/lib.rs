@@ -23,6 +23,9 @@
 //! # }
 //! ```
 //!
+//! Commands of a vCPU take its index, from 0 on. [`Connection::pause_all`] stops all vCPUs for as
+//! long as what it returns lives.
+//!
 //! What comes from the other end is checked and never causes a panic. All calls block, each for a
 //! bounded time.
 
@@ -40,8 +43,12 @@ mod error;
 mod event;
 mod io;
 mod memory;
+mod paused;
 pub mod qemu;
+mod registers;
 pub mod tool;
+mod vcpu;
+mod virtual_memory;
 pub mod vmm;
 
 pub use attach_error::AttachError;
@@ -49,8 +56,11 @@ pub use connection::{Connection, DEFAULT_TIMEOUT};
 pub use cookie::Cookie;
 pub use decoder::{Decoder, Message};
 pub use error::{Error, ProtocolError, Result};
-pub use event::{Event, VcpuEvent};
+pub use event::{Event, VcpuEvent, VcpuEventKind};
 pub use kvmi_abi as abi;
+pub use kvmi_abi::vcpu_request::Action;
 pub use kvmi_abi::{Command, Event as EventId, KvmiError};
 pub use memory::{pages, Bytes, Piece, PAGE_SIZE};
+pub use paused::Paused;
+pub use registers::Registers;
 pub use uuid::Uuid;

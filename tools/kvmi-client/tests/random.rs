@@ -72,10 +72,14 @@ proptest! {
             let _ = vm.get_version();
             let _ = vm.get_info();
             let _ = vm.check_command(2u16);
+            let _ = vm.get_registers(0, &[1]);
+            let _ = vm.get_xsave(1);
+            let _ = vm.write_virtual(0, 4090, &[1; 8]);
             if let Err(error) = vm.read_physical(4090, &mut buffer) {
                 prop_assert!(!matches!(error, Error::Timeout | Error::Io(_)), "{}", error);
             }
         }
+        let _ = vm.pause_all(TIMEOUT).map(drop);
         let _ = vm.scan_physical(0, 20 * 4096, |_, _| ControlFlow::<()>::Continue(()));
         while vm.next_event(Some(TIMEOUT)).is_ok() {}
         let _ = vm.try_event();

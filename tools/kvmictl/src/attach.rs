@@ -2,8 +2,6 @@
 
 //! `kvmictl attach`: the part of a VMM that knows introspection.
 
-mod wait;
-
 use std::{
     fs,
     os::{
@@ -26,8 +24,8 @@ use crate::{
     output::{plain, Output},
     problem::Problem,
     select,
+    wait::{End, Waiter},
 };
-use wait::{End, Waiter};
 
 /// Hooks a VM to a tool and stays until one of them has enough.
 pub fn run(arguments: &Attach, output: &mut Output) -> Result<()> {

@@ -2,6 +2,8 @@
 
 //! The command line.
 
+mod vcpu;
+
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -11,6 +13,8 @@ use crate::{
     allow::{self, Allowed},
     number,
 };
+
+pub use vcpu::{Cpuid, Inject, Pause, Regs, Top, Translate};
 
 /// Looks into running KVM guests, whatever VMM runs them.
 ///
@@ -46,6 +50,36 @@ pub enum Command {
     ///
     /// Prints the guest physical address of each occurrence, those across pages included.
     Find(Find),
+    /// Stop the vCPUs of a VM for a while.
+    ///
+    /// They run on when the time is over or at an interrupt; or when this process ends in whatever
+    /// way, since what it does to the VM ends with it. There is no command to resume, therefore.
+    /// The VMM itself is not stopped.
+    Pause(Pause),
+    /// Print the registers of vCPUs.
+    ///
+    /// The VM is paused meanwhile, so the registers are all of the same moment.
+    Regs(Regs),
+    /// Print what the instruction CPUID tells the guest.
+    Cpuid(Cpuid),
+    /// Translate a guest virtual address.
+    ///
+    /// Prints the guest physical address as of this moment; that nothing is mapped there is an
+    /// error.
+    Translate(Translate),
+    /// Inject an exception into a vCPU.
+    ///
+    /// Waits until it is delivered, and says what has really become of it: another exception may
+    /// take its place, or it may get lost, both of which are errors.
+    Inject(Inject),
+    /// Show again and again what the vCPUs are doing.
+    ///
+    /// The VM is paused for a moment each time.
+    Top(Top),
+    /// Show what a tool that has a VM hooked has done so far.
+    ///
+    /// Does not hook the VM itself.
+    Stats(Stats),
     /// Hook a VM to a tool that listens on a socket.
     ///
     /// Plays the part of a VMM that knows introspection: connects to the tool, shakes hands, hooks
@@ -78,6 +112,13 @@ pub struct Info {
     pub vm: Selector,
 }
 
+/// Arguments of `stats`.
+#[derive(Args, Debug)]
+pub struct Stats {
+    #[command(flatten)]
+    pub vm: Selector,
+}
+
 /// How memory is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
@@ -96,10 +137,16 @@ pub struct Read {
     pub vm: Selector,
     /// First guest physical address, such as 0x100000 or 1M.
     #[arg(value_parser = number::parse)]
-    pub gpa: u64,
+    pub address: u64,
     /// Number of bytes, such as 64, 0x40 or 4K.
     #[arg(value_parser = number::parse)]
     pub len: u64,
+    /// The address is a virtual one. The VM is paused meanwhile, lest the mapping changes.
+    #[arg(long = "virtual")]
+    pub is_virtual: bool,
+    /// The vCPU whose virtual address it is.
+    #[arg(long, value_name = "N", default_value = "0", requires = "is_virtual")]
+    pub vcpu: u16,
     /// How to print them.
     #[arg(long, value_enum, default_value_t = Format::Hex)]
     pub format: Format,
@@ -213,72 +260,4 @@ pub struct Tool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::{error::ErrorKind, CommandFactory as _};
-
-    fn parse(line: &str) -> Result<Cli, clap::Error> {
-        Cli::try_parse_from(line.split_whitespace())
-    }
-
-    fn refused(line: &str) -> ErrorKind {
-        let error = parse(line).unwrap_err();
-        assert_eq!(error.exit_code(), 2, "{line}");
-        error.kind()
-    }
-
-    #[test]
-    fn definition_is_sound() {
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn every_command_is_understood() {
-        for line in [
-            "kvmictl list",
-            "kvmictl --json list",
-            "kvmictl list --json",
-            "kvmictl info",
-            "kvmictl info --uuid c9dcf1b0-3b5c-4a2e-9d0e-1f2a3b4c5d6e",
-            "kvmictl info --name web --vm-fd 9",
-            "kvmictl read --pid 7 0x1000 4K --format raw",
-            "kvmictl write 1M --hex 90:90",
-            "kvmictl write 1M --text hello",
-            "kvmictl write 1M --file -",
-            "kvmictl dump /tmp/x --from 1M --to 2M",
-            "kvmictl find secret --max 3",
-            "kvmictl find --hex 7f454c46",
-            "kvmictl attach --socket /run/tool",
-            "kvmictl attach --vsock 3:4711 --pid 5 --allow-events none --cookie-file k",
-        ] {
-            parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
-        }
-    }
-
-    #[test]
-    fn wrong_use_is_refused() {
-        for line in [
-            "kvmictl info --pid 1 --name x",
-            "kvmictl write 0 --hex 90 --text x",
-            "kvmictl attach --socket /x --vsock 1:2",
-        ] {
-            assert_eq!(refused(line), ErrorKind::ArgumentConflict, "{line}");
-        }
-        for line in ["kvmictl attach", "kvmictl write 0", "kvmictl read 0"] {
-            assert_eq!(refused(line), ErrorKind::MissingRequiredArgument, "{line}");
-        }
-        for line in [
-            "kvmictl read 0 1Q",
-            "kvmictl write 0 --hex 9",
-            "kvmictl write 0 --hex=",
-            "kvmictl info --uuid x",
-            "kvmictl attach --vsock 3",
-            "kvmictl attach --socket x --allow-events PAGEFAULT",
-            "kvmictl attach --socket x --handshake-timeout=-1",
-        ] {
-            assert_eq!(refused(line), ErrorKind::ValueValidation, "{line}");
-        }
-        refused("kvmictl find x --max 0");
-        refused("kvmictl");
-    }
-}
+mod tests;

@@ -5,20 +5,31 @@
 mod allow;
 mod attach;
 mod cli;
+mod cpuid;
 mod dump;
+mod exception;
 mod find;
 mod hexdump;
 mod info;
+mod inject;
 mod list;
 mod memory;
+mod msr;
 mod number;
 mod output;
+mod pause;
 mod problem;
 mod progress;
 mod read;
+mod regs;
 mod scanner;
 mod select;
 mod session;
+mod state;
+mod stats;
+mod top;
+mod translate;
+mod wait;
 mod write;
 
 use std::process::ExitCode;
@@ -54,6 +65,13 @@ fn run(command: &Command, output: &mut Output) -> anyhow::Result<()> {
         Command::Write(arguments) => write::run(arguments, output),
         Command::Dump(arguments) => dump::run(arguments, output),
         Command::Find(arguments) => find::run(arguments, output),
+        Command::Pause(arguments) => pause::run(arguments, output),
+        Command::Regs(arguments) => regs::run(arguments, output),
+        Command::Cpuid(arguments) => cpuid::run(arguments, output),
+        Command::Translate(arguments) => translate::run(arguments, output),
+        Command::Inject(arguments) => inject::run(arguments, output),
+        Command::Top(arguments) => top::run(arguments, output),
+        Command::Stats(arguments) => stats::run(arguments, output),
         Command::Attach(arguments) => attach::run(arguments, output),
     }
 }

@@ -66,36 +66,60 @@ pub mod tests {
 
     use kvmi_client::abi::{
         command::GuestRange,
+        event::VcpuEvent,
         wire::{zero_extended, Header, ReplyHead},
     };
 
-    /// A VM with `memory` at 0x1000 and nothing else, which only knows how to be read.
-    pub fn with_vm<R>(memory: &[u8], test: impl FnOnce(&mut Connection<UnixStream>) -> R) -> R {
-        let (ours, hosts) = UnixStream::pair().unwrap();
+    /// A VM that sends what `host` makes of each message.
+    pub fn with_script<R>(
+        mut host: impl FnMut(&Header, &[u8]) -> Vec<u8> + Send,
+        test: impl FnOnce(&mut Connection<UnixStream>) -> R,
+    ) -> R {
+        let (ours, mut hosts) = UnixStream::pair().unwrap();
         thread::scope(|scope| {
-            scope.spawn(|| serve(hosts, memory));
+            scope.spawn(move || {
+                let mut header = [0; 8];
+                while hosts.read_exact(&mut header).is_ok() {
+                    let header: Header = zero_extended(&header);
+                    let mut payload = vec![0; header.size.into()];
+                    hosts.read_exact(&mut payload).unwrap();
+                    hosts.write_all(&host(&header, &payload)).unwrap();
+                }
+            });
             test(&mut Connection::new(ours))
         })
     }
 
-    fn serve(mut socket: UnixStream, memory: &[u8]) {
-        let mut request = [0; 24];
-        while socket.read_exact(&mut request).is_ok() {
-            let header: Header = zero_extended(&request);
-            let range: GuestRange = zero_extended(&request[8..]);
+    /// An event of a vCPU as it is sent.
+    pub fn vcpu_event(seq: u32, vcpu: u16, event: u8, data: &[u8]) -> Vec<u8> {
+        const COMMON: u16 = size_of::<VcpuEvent>() as u16;
+        let size = 8 + COMMON + data.len() as u16;
+        let mut bytes = [1u16.to_ne_bytes(), size.to_ne_bytes()].concat();
+        bytes.extend(seq.to_ne_bytes());
+        bytes.extend([event, 0, 0, 0, 0, 0, 0, 0]);
+        bytes.extend([COMMON.to_ne_bytes(), vcpu.to_ne_bytes()].concat());
+        bytes.resize(8 + 8 + usize::from(COMMON), 0);
+        bytes.extend(data);
+        bytes
+    }
+
+    /// A VM with `memory` at 0x1000 and nothing else, which only knows how to be read.
+    pub fn with_vm<R>(memory: &[u8], test: impl FnOnce(&mut Connection<UnixStream>) -> R) -> R {
+        let host = |header: &Header, payload: &[u8]| {
+            let range: GuestRange = zero_extended(payload);
             let start = range.gpa.checked_sub(0x1000).map(|start| start as usize);
             let part = start.and_then(|start| memory.get(start..start + usize::from(range.size)));
-            let reply = match part {
+            match part {
                 Some(part) => {
-                    let head = ReplyHead::success(&header, part.len()).unwrap();
+                    let head = ReplyHead::success(header, part.len()).unwrap();
                     [head.as_bytes(), part].concat()
                 }
-                None => ReplyHead::failure(&header, KvmiError::NoEnt)
+                None => ReplyHead::failure(header, KvmiError::NoEnt)
                     .as_bytes()
                     .to_vec(),
-            };
-            socket.write_all(&reply).unwrap();
-        }
+            }
+        };
+        with_script(host, test)
     }
 
     #[test]

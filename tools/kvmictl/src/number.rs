@@ -30,6 +30,16 @@ pub fn parse(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "number too large".to_owned())
 }
 
+/// Parses a number that fits 32 bits, as [`parse`] does.
+pub fn parse_u32(text: &str) -> Result<u32, String> {
+    u32::try_from(parse(text)?).map_err(|_| "number too large".to_owned())
+}
+
+/// Parses a number that fits 16 bits, as [`parse`] does.
+pub fn parse_u16(text: &str) -> Result<u16, String> {
+    u16::try_from(parse(text)?).map_err(|_| "number too large".to_owned())
+}
+
 /// Parses bytes in hexadecimal; blanks and colons between them do not matter.
 pub fn parse_hex(text: &str) -> Result<Bytes, String> {
     let digits: String = text
@@ -102,6 +112,10 @@ mod tests {
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
+        assert_eq!(parse_u32("0xffffffff"), Ok(u32::MAX));
+        assert!(parse_u32("4G").is_err());
+        assert_eq!(parse_u16("0xffff"), Ok(u16::MAX));
+        assert!(parse_u16("64K").is_err());
     }
 
     #[test]

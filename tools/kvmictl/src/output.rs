@@ -2,7 +2,7 @@
 
 //! The standard output.
 
-use std::io::{self, BufWriter, Stdout, Write};
+use std::io::{self, BufWriter, IsTerminal as _, Stdout, Write};
 
 use indicatif::BinaryBytes;
 use serde::Serialize;
@@ -25,6 +25,11 @@ impl Output {
     /// Whether JSON is wanted.
     pub fn is_json(&self) -> bool {
         self.json
+    }
+
+    /// Whether somebody looks at it directly.
+    pub fn is_terminal(&self) -> bool {
+        self.to.get_ref().is_terminal()
     }
 
     /// Prints a value as one line of JSON.
@@ -61,7 +66,12 @@ pub fn size(bytes: u64) -> String {
 
 /// A guest physical address.
 pub fn gpa(gpa: u64) -> String {
-    format!("{gpa:#x}")
+    hex(gpa)
+}
+
+/// A number in hexadecimal.
+pub fn hex(number: impl Into<u64>) -> String {
+    format!("{:#x}", number.into())
 }
 
 /// Removes what could upset a terminal from text that somebody else has chosen.

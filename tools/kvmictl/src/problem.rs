@@ -4,7 +4,7 @@
 
 use std::{fmt, io};
 
-use kvmi_client::{AttachError, Error, KvmiError};
+use kvmi_client::{AttachError, Command, Error, KvmiError};
 use serde_json::json;
 
 /// An error of this program's own, with a hint.
@@ -102,6 +102,23 @@ fn attach_hint(error: &AttachError) -> Option<&'static str> {
 
 fn connection_hint(error: &Error) -> Option<&'static str> {
     Some(match error {
+        Error::Kvmi(KvmiError::NoEnt, Command::VcpuGetCpuid) => "the vCPU has no such CPUID leaf",
+        Error::Kvmi(KvmiError::Inval, Command::VcpuGetRegisters) => {
+            "one of the MSRs does not exist, or is none that can be read"
+        }
+        Error::Kvmi(KvmiError::Inval, Command::VcpuInjectException) => {
+            "exceptions that are traps, and some others, cannot be injected"
+        }
+        Error::Kvmi(KvmiError::Busy, Command::VcpuInjectException) => {
+            "another exception or interrupt is on its way: try again"
+        }
+        Error::Kvmi(KvmiError::Again, _) => "the guest has not started this vCPU yet",
+        Error::VcpuTimeout { .. } | Error::NotPaused(_) => {
+            "the VMM may have stopped the VM: let it run on (QEMU: cont)"
+        }
+        Error::Unmapped(_) => {
+            "what belongs to a process is mapped only while a vCPU runs that; --vcpu chooses a vCPU"
+        }
         Error::Kvmi(KvmiError::NoEnt, _) => {
             "the guest has no memory there; kvmictl info shows where its memory ends"
         }
@@ -135,6 +152,14 @@ mod tests {
     fn hooked_vm_names_the_other_process() {
         let error = AttachError::AlreadyHooked { by: Some(99) };
         assert!(message(&error.into()).contains("by process 99"));
+    }
+
+    #[test]
+    fn hint_depends_on_the_command() {
+        let hint_for = |command| hint(&Error::Kvmi(KvmiError::NoEnt, command).into()).unwrap();
+        assert!(hint_for(Command::VcpuGetCpuid).contains("leaf"));
+        assert!(hint_for(Command::VmReadPhysical).contains("memory"));
+        assert!(hint(&Error::NotPaused(1).into()).unwrap().contains("cont"));
     }
 
     #[test]

@@ -2,24 +2,27 @@
 
 //! `kvmictl read`
 
-use std::io::Write as _;
+use std::{io::Write as _, os::fd::AsFd};
 
 use anyhow::{Context as _, Result};
-use kvmi_client::{Command, Error, KvmiError};
+use kvmi_client::{pages, Command, Connection, Error, KvmiError};
 use serde::Serialize;
 
 use crate::{
     cli::{Format, Read},
     hexdump::{printable, HexDump},
     memory::scan,
-    output::{gpa, Output},
+    output::{gpa, hex, Output},
     session::Session,
 };
 
 /// What is printed as JSON.
 #[derive(Serialize)]
 struct Memory {
-    gpa: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpa: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gva: Option<String>,
     length: u64,
     /// The bytes, in hexadecimal.
     data: String,
@@ -28,40 +31,95 @@ struct Memory {
 /// Prints guest memory.
 pub fn run(arguments: &Read, output: &mut Output) -> Result<()> {
     let mut session = Session::open(&arguments.vm)?;
-    let mut dump = HexDump::new(arguments.gpa);
-    let mut data = String::new();
-    scan(&mut session.vm, arguments.gpa, arguments.len, |page| {
-        let piece = page
-            .bytes
-            .ok_or(Error::Kvmi(KvmiError::NoEnt, Command::VmReadPhysical));
-        let piece =
-            piece.with_context(|| format!("cannot read guest memory at {}", gpa(page.gpa)))?;
-        if output.is_json() {
-            data.push_str(&hex::encode(piece));
-            return Ok(true);
-        }
-        match arguments.format {
-            Format::Hex => dump.push(piece, output)?,
-            Format::Raw => output.write_all(piece)?,
-            Format::Text => output.write_all(&text(piece))?,
-        }
-        Ok(true)
-    })?;
+    let mut printer = Printer::new(arguments, output);
+    if arguments.is_virtual {
+        session.check_vcpu(arguments.vcpu)?;
+        let mut paused = session.pause()?;
+        let bytes = read_virtual(&mut paused, arguments)?;
+        paused.resume()?;
+        // Not before: whoever reads the output may take its time.
+        printer.push(&bytes)?;
+    } else {
+        scan(&mut session.vm, arguments.address, arguments.len, |page| {
+            let piece = page
+                .bytes
+                .ok_or(Error::Kvmi(KvmiError::NoEnt, Command::VmReadPhysical));
+            let piece =
+                piece.with_context(|| format!("cannot read guest memory at {}", gpa(page.gpa)))?;
+            printer.push(piece)?;
+            Ok(true)
+        })?;
+    }
     session.close()?;
+    printer.finish()
+}
 
-    if output.is_json() {
-        return Ok(output.json(&Memory {
-            gpa: gpa(arguments.gpa),
-            length: arguments.len,
-            data,
-        })?);
+/// Reads memory at a virtual address.
+fn read_virtual<S: AsFd>(vm: &mut Connection<S>, arguments: &Read) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for piece in pages(arguments.address, arguments.len)? {
+        let mut page = vec![0; piece.len];
+        vm.read_virtual(arguments.vcpu, piece.gpa, &mut page)
+            .with_context(|| format!("cannot read guest memory at {}", hex(piece.gpa)))?;
+        bytes.append(&mut page);
     }
-    match arguments.format {
-        Format::Hex => dump.finish(output)?,
-        Format::Raw => {}
-        Format::Text => output.line("")?,
+    Ok(bytes)
+}
+
+/// Prints memory as it is wanted.
+struct Printer<'a> {
+    arguments: &'a Read,
+    output: &'a mut Output,
+    dump: HexDump,
+    data: String,
+}
+
+impl<'a> Printer<'a> {
+    fn new(arguments: &'a Read, output: &'a mut Output) -> Self {
+        Self {
+            arguments,
+            output,
+            dump: HexDump::new(arguments.address),
+            data: String::new(),
+        }
     }
-    Ok(())
+
+    /// Takes more bytes.
+    fn push(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.output.is_json() {
+            self.data.push_str(&::hex::encode(bytes));
+            return Ok(());
+        }
+        match self.arguments.format {
+            Format::Hex => self.dump.push(bytes, self.output)?,
+            Format::Raw => self.output.write_all(bytes)?,
+            Format::Text => self.output.write_all(&text(bytes))?,
+        }
+        Ok(())
+    }
+
+    /// Ends the output.
+    fn finish(self) -> Result<()> {
+        if self.output.is_json() {
+            let address = hex(self.arguments.address);
+            let (gpa, gva) = match self.arguments.is_virtual {
+                true => (None, Some(address)),
+                false => (Some(address), None),
+            };
+            return Ok(self.output.json(&Memory {
+                gpa,
+                gva,
+                length: self.arguments.len,
+                data: self.data,
+            })?);
+        }
+        match self.arguments.format {
+            Format::Hex => self.dump.finish(self.output)?,
+            Format::Raw => {}
+            Format::Text => self.output.line("")?,
+        }
+        Ok(())
+    }
 }
 
 /// Characters for a terminal; line feeds and tabs are kept.
@@ -78,9 +136,47 @@ fn text(bytes: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{cli::Selector, memory::tests::with_script};
+    use kvmi_client::abi::wire::ReplyHead;
 
     #[test]
     fn text_keeps_lines() {
         assert_eq!(text(b"one\n\ttwo\0\x1b\xc3"), b"one\n\ttwo...");
+    }
+
+    /// Reads from a VM of whose virtual memory only the page at 0x7000 is mapped, to 0.
+    fn read(address: u64, len: u64) -> Result<Vec<u8>> {
+        let arguments = Read {
+            vm: Selector::default(),
+            address,
+            len,
+            is_virtual: true,
+            vcpu: 1,
+            format: Format::Hex,
+        };
+        let host = |header: &kvmi_client::abi::wire::Header, payload: &[u8]| {
+            let data = if header.id == Command::VcpuTranslateGva.id() {
+                assert_eq!(payload[..8], [1, 0, 0, 0, 0, 0, 0, 0]);
+                let gva = u64::from_ne_bytes(payload[8..16].try_into().unwrap());
+                let mapped = gva & !0xfff == 0x7000;
+                let gpa = if mapped { gva & 0xfff } else { u64::MAX };
+                gpa.to_ne_bytes().to_vec()
+            } else {
+                assert!(payload[1] < 16);
+                vec![7; usize::from(payload[8]) + 256 * usize::from(payload[9])]
+            };
+            let head = ReplyHead::success(header, data.len()).unwrap();
+            [head.as_bytes(), &data].concat()
+        };
+        with_script(host, |vm| read_virtual(vm, &arguments))
+    }
+
+    #[test]
+    fn virtual_memory_is_read_as_far_as_it_is_mapped() {
+        assert_eq!(read(0x7000, 0x1000).unwrap(), vec![7; 0x1000]);
+        assert_eq!(read(0x7fff, 1).unwrap(), [7]);
+        let error = read(0x7fff, 2).unwrap_err();
+        let cause = error.downcast_ref::<Error>().unwrap();
+        assert!(matches!(cause, Error::Unmapped(0x8000)));
     }
 }

@@ -2,17 +2,30 @@
 
 //! A VM, hooked for the time of one command.
 
-use std::{ops, os::unix::net::UnixStream};
+use std::{
+    io, ops,
+    os::{fd::AsFd as _, unix::net::UnixStream},
+    time::Duration,
+};
 
-use anyhow::Result;
-use kvmi_client::{abi::dev::VmStatus, attach::Attachment, device::Device, Connection};
+use anyhow::{Context as _, Result};
+use kvmi_client::{
+    abi::dev::VmStatus,
+    attach::{Attachment, Target},
+    device::Device,
+    Connection, Paused,
+};
 
 use crate::{
     cli::{Range, Selector},
     output::gpa,
     problem::Problem,
     select,
+    wait::Waiter,
 };
+
+/// How long the vCPUs may take to pause.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Guest physical addresses of a memory slot.
 type Slot = ops::Range<u64>;
@@ -27,6 +40,7 @@ pub struct Session {
     /// Where it had memory then.
     memory: Vec<Slot>,
     attachment: Attachment,
+    target: Target,
 }
 
 impl Session {
@@ -42,7 +56,36 @@ impl Session {
             status,
             memory,
             attachment,
+            target,
         })
+    }
+
+    /// The process that the VM belongs to.
+    pub fn pid(&self) -> i32 {
+        self.target.pid()
+    }
+
+    /// Watches for the end of the VM and for signals, which from now on do not end this process.
+    pub fn watch(&self) -> io::Result<Waiter> {
+        Waiter::new(&self.target, self.vm.stream().as_fd())
+    }
+
+    /// Sets for how long the VM may be paused, or wait for a reply otherwise, before the host breaks
+    /// the connection; `None` is for ever.
+    pub fn allow_pause(&self, time: Option<Duration>) -> Result<()> {
+        let time = time.map(|time| time.saturating_add(PAUSE_TIMEOUT));
+        Ok(self.attachment.device().set_event_timeout(time)?)
+    }
+
+    /// Pauses the VM until what this returns is dropped.
+    pub fn pause(&mut self) -> Result<Paused<'_, UnixStream>> {
+        let paused = self.vm.pause_all(PAUSE_TIMEOUT);
+        paused.context("cannot pause the VM")
+    }
+
+    /// Checks that the VM has a vCPU.
+    pub fn check_vcpu(&self, vcpu: u16) -> Result<()> {
+        check_vcpu(vcpu, self.status.vcpu_count)
     }
 
     /// Unhooks the VM.
@@ -60,6 +103,14 @@ impl Session {
     pub fn memory(&self, start: u64, len: u64) -> Vec<(u64, u64)> {
         clip(&self.memory, start, len)
     }
+}
+
+fn check_vcpu(vcpu: u16, count: u32) -> Result<()> {
+    if u32::from(vcpu) < count {
+        return Ok(());
+    }
+    let what = format!("there is no vCPU {vcpu}: the VM has {count}");
+    Err(Problem::new(what, "vCPUs are numbered from 0 on").into())
 }
 
 fn clip(slots: &[Slot], start: u64, len: u64) -> Vec<(u64, u64)> {
@@ -94,6 +145,13 @@ mod tests {
         assert_eq!(clip(&slots, 5, 20), [(5, 5), (20, 5)]);
         assert_eq!(clip(&slots, 10, 10), []);
         assert_eq!(clip(&slots, 39, u64::MAX), [(39, 1)]);
+    }
+
+    #[test]
+    fn vcpus_are_numbered_from_zero() {
+        assert!(check_vcpu(1, 2).is_ok());
+        let error = check_vcpu(2, 2).unwrap_err();
+        assert!(error.to_string().contains("no vCPU 2"), "{error}");
     }
 
     #[test]

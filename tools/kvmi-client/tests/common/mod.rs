@@ -12,8 +12,12 @@ use std::{
 };
 
 use kvmi_client::{
-    abi::{event::VmEventMessage, wire::Header, wire::ReplyHead},
-    Connection, EventId, KvmiError,
+    abi::{
+        event::{EventHeader, VcpuEvent, VmEventMessage},
+        vcpu::EventReply,
+        wire::{Header, ReplyHead, VcpuHeader},
+    },
+    Command, Connection, EventId, KvmiError,
 };
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
@@ -52,10 +56,92 @@ impl Host {
         self.send(VmEventMessage::new(EventId::Unhook, seq).as_bytes());
     }
 
+    /// Tells an event of a vCPU whose rip has the same number.
+    pub fn vcpu_event(&mut self, seq: u32, vcpu: u16, event: u16, data: &[u8]) {
+        self.send(&vcpu_event(seq, vcpu, event, data));
+    }
+
+    /// Receives a command of a vCPU, which must be the expected one; returns what follows the
+    /// vCPU's header.
+    pub fn receive_for(&mut self, vcpu: u16, command: Command) -> (Header, Vec<u8>) {
+        let (header, mut payload) = self.receive();
+        assert_eq!(header.id, command.id());
+        let (to, _) = VcpuHeader::read_from_prefix(&payload).unwrap();
+        let expected = VcpuHeader {
+            vcpu,
+            ..Default::default()
+        };
+        assert_eq!(to, expected);
+        (header, payload.split_off(size_of::<VcpuHeader>()))
+    }
+
+    /// Receives the reply to an event; returns the vCPU, the event and the action.
+    pub fn receive_reply(&mut self, seq: u32) -> (u16, u8, u8) {
+        let (header, payload) = self.receive();
+        assert_eq!((header.id, header.seq), (1, seq));
+        let reply = EventReply::read_from_bytes(&payload).unwrap();
+        let expected = EventReply {
+            vcpu: VcpuHeader {
+                vcpu: reply.vcpu.vcpu,
+                ..Default::default()
+            },
+            action: reply.action,
+            event: reply.event,
+            ..Default::default()
+        };
+        assert_eq!(reply, expected);
+        (reply.vcpu.vcpu, reply.event, reply.action)
+    }
+
+    /// Answers `VCPU_GET_INFO` and `VM_PAUSE_VCPU` of a vCPU that can be paused.
+    pub fn accept_pause(&mut self, vcpu: u16) {
+        let (header, _) = self.receive_for(vcpu, Command::VcpuGetInfo);
+        self.succeed(&header, &[0; 8]);
+        let (header, payload) = self.receive();
+        assert_eq!(header.id, Command::VmPauseVcpu.id());
+        assert_eq!(payload, [vcpu as u8, 0, 1, 0, 0, 0, 0, 0]);
+        self.succeed(&header, &[]);
+    }
+
+    /// Answers `VM_GET_INFO`.
+    pub fn tell_vcpus(&mut self, vcpus: u8) {
+        let (header, _) = self.receive();
+        assert_eq!(header.id, Command::VmGetInfo.id());
+        let mut info = [0; 16];
+        info[0] = vcpus;
+        self.succeed(&header, &info);
+    }
+
+    /// Waits for the hang-up, before which nothing else may come.
+    pub fn wait_for_end(&mut self) {
+        assert_eq!(self.0.read(&mut [0]).unwrap(), 0);
+    }
+
     /// Sends a header without anything behind it.
     pub fn header(&mut self, id: u16, size: u16, seq: u32) {
         self.send(Header { id, size, seq }.as_bytes());
     }
+}
+
+/// An event of a vCPU as it is sent.
+pub fn vcpu_event(seq: u32, vcpu: u16, event: u16, data: &[u8]) -> Vec<u8> {
+    let mut common = VcpuEvent {
+        size: size_of::<VcpuEvent>().try_into().unwrap(),
+        vcpu,
+        ..Default::default()
+    };
+    common.arch.regs.rip = vcpu.into();
+    let event = EventHeader {
+        event,
+        ..Default::default()
+    };
+    let payload = [event.as_bytes(), common.as_bytes(), data].concat();
+    let header = Header {
+        id: 1,
+        size: payload.len().try_into().unwrap(),
+        seq,
+    };
+    [header.as_bytes(), &payload].concat()
 }
 
 /// Lets `script` be the host in a thread of its own while `test` uses the connection. The host

@@ -2,18 +2,18 @@
 
 //! Everything that Rust and C both define, under its name in C, with what Rust says about it.
 
-use std::mem::offset_of;
-
 use kvmi_client::abi::{
     arch::{DescriptorTable, EventMsrs, Regs, Segment, Sregs, VcpuEventArch},
     command::{
         CheckId, ControlCleanup, ControlEvents, Features, GetVersionReply, GuestRange, VmInfo,
     },
-    dev::{self, Attach, VmMemory, VmStatus},
+    dev::{self, Attach, EventTimeout, VmMemory, VmStatus},
     event::{EventHeader, VcpuEvent},
     handshake::{ToolHello, VmmHello},
     id::{VCPU_EVENT, VM_EVENT},
     ioctl::{self, Feature, Hook},
+    vcpu::{GPA_UNMAPPED, NO_EXCEPTION},
+    vcpu_request::Action,
     wire::{self, ErrorCode, Header, VcpuHeader},
     Command, Event, KvmiError, Scope,
 };
@@ -36,28 +36,32 @@ fn size_of_field<T, F>(_get: fn(&T) -> &F) -> usize {
 /// Describes a structure from its Rust definition. A field is named once if both languages agree
 /// on its name, and `c = rust` if not.
 macro_rules! describe {
-    ($c:literal, $rust:ty { $($field:ident $(= $other:ident)?),* $(,)? }) => {
-        Struct {
+    ($c:literal, $rust:ty { $($($field:ident).+ $(= $other:ident)?),* $(,)? }) => {
+        $crate::table::Struct {
             c_type: $c,
             size: size_of::<$rust>(),
-            fields: vec![$(describe!(@field $rust, $field $(, $other)?)),*],
+            fields: vec![$(describe!(@field $rust, $($field).+ $(, $other)?)),*],
         }
     };
     (@field $rust:ty, $field:ident) => { describe!(@field $rust, $field, $field) };
-    (@field $rust:ty, $c:ident, $field:ident) => {
+    (@field $rust:ty, $($c:ident).+, $field:ident) => {
         (
-            stringify!($c),
-            offset_of!($rust, $field),
-            size_of_field(|value: &$rust| &value.$field),
+            stringify!($($c).+),
+            std::mem::offset_of!($rust, $field),
+            $crate::table::size_of_field(|value: &$rust| &value.$field),
         )
     };
 }
+
+// Below the macro, which it uses.
+mod vcpu;
 
 /// All structures.
 pub fn structs() -> Vec<Struct> {
     let mut all = protocol();
     all.extend(control());
     all.extend(registers());
+    all.extend(vcpu::structs());
     all
 }
 
@@ -202,8 +206,13 @@ fn control() -> Vec<Struct> {
                 commands,
                 events,
                 memslot_changes,
+                held_ns,
                 uuid,
             }
+        ),
+        describe!(
+            "struct kvmi_dev_event_timeout",
+            EventTimeout { ms, padding }
         ),
         describe!(
             "struct kvmi_dev_vm_memory",
@@ -320,6 +329,11 @@ pub fn constants() -> Vec<(String, i64)> {
         ("KVM_INTROSPECTION_COMMAND", ioctl::COMMAND.into()),
         ("KVM_INTROSPECTION_EVENT", ioctl::EVENT.into()),
         ("KVM_INTROSPECTION_PREUNHOOK", ioctl::PREUNHOOK.into()),
+        ("KVMI_GPA_UNMAPPED", GPA_UNMAPPED as i64),
+        ("KVMI_TRAP_NO_EXCEPTION", NO_EXCEPTION.into()),
+        ("KVMI_EVENT_ACTION_CONTINUE", Action::Continue.code().into()),
+        ("KVMI_EVENT_ACTION_RETRY", Action::Retry.code().into()),
+        ("KVMI_EVENT_ACTION_CRASH", Action::Crash.code().into()),
         ("KVMI_DEV_STATUS_HOOKED", dev::STATUS_HOOKED.into()),
         (
             "KVMI_DEV_STATUS_DISCONNECTED",
@@ -329,6 +343,7 @@ pub fn constants() -> Vec<(String, i64)> {
         ("KVMI_DEV_ATTACH", dev::ATTACH.into()),
         ("KVMI_DEV_VM_STATUS", dev::VM_STATUS.into()),
         ("KVMI_DEV_VM_MEMORY", dev::VM_MEMORY.into()),
+        ("KVMI_DEV_EVENT_TIMEOUT", dev::EVENT_TIMEOUT.into()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! What is understood and what is refused.
+
+use super::*;
+use clap::{error::ErrorKind, CommandFactory as _};
+
+fn parse(line: &str) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(line.split_whitespace())
+}
+
+fn refused(line: &str) -> ErrorKind {
+    let error = parse(line).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "{line}");
+    error.kind()
+}
+
+#[test]
+fn definition_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn every_command_is_understood() {
+    for line in [
+        "kvmictl list",
+        "kvmictl --json list",
+        "kvmictl list --json",
+        "kvmictl info",
+        "kvmictl info --uuid c9dcf1b0-3b5c-4a2e-9d0e-1f2a3b4c5d6e",
+        "kvmictl info --name web --vm-fd 9",
+        "kvmictl read --pid 7 0x1000 4K --format raw",
+        "kvmictl read --virtual 0xffffffff81000000 64",
+        "kvmictl read --virtual --vcpu 1 0xffffffff81000000 64 --name web",
+        "kvmictl write 1M --hex 90:90",
+        "kvmictl write 1M --text hello",
+        "kvmictl write 1M --file -",
+        "kvmictl dump /tmp/x --from 1M --to 2M",
+        "kvmictl find secret --max 3",
+        "kvmictl find --hex 7f454c46",
+        "kvmictl pause --pid 5",
+        "kvmictl pause --for 0.5",
+        "kvmictl regs",
+        "kvmictl regs --vcpu 1 --msr lstar,0x10 --msr IA32_EFER",
+        "kvmictl cpuid 7.1 --vcpu 3",
+        "kvmictl translate 0xffffffff81000000",
+        "kvmictl inject 14 --error-code 2 --address 0x1000",
+        "kvmictl inject #UD --vcpu 1",
+        "kvmictl top --interval 0.1 --count 3 --json",
+        "kvmictl stats --pid 5",
+        "kvmictl attach --socket /run/tool",
+        "kvmictl attach --vsock 3:4711 --pid 5 --allow-events none --cookie-file k",
+    ] {
+        parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+    }
+}
+
+#[test]
+fn wrong_use_is_refused() {
+    for line in [
+        "kvmictl info --pid 1 --name x",
+        "kvmictl write 0 --hex 90 --text x",
+        "kvmictl attach --socket /x --vsock 1:2",
+    ] {
+        assert_eq!(refused(line), ErrorKind::ArgumentConflict, "{line}");
+    }
+    for line in ["kvmictl attach", "kvmictl write 0", "kvmictl read 0"] {
+        assert_eq!(refused(line), ErrorKind::MissingRequiredArgument, "{line}");
+    }
+    for line in [
+        "kvmictl read 0 1Q",
+        "kvmictl write 0 --hex 9",
+        "kvmictl write 0 --hex=",
+        "kvmictl info --uuid x",
+        "kvmictl pause --for x",
+        "kvmictl regs --vcpu 65536",
+        "kvmictl regs --msr nothing",
+        "kvmictl cpuid 1.2.3",
+        "kvmictl inject 32",
+        "kvmictl inject 14 --error-code 0x10000",
+        "kvmictl attach --vsock 3",
+        "kvmictl attach --socket x --allow-events PAGEFAULT",
+        "kvmictl attach --socket x --handshake-timeout=-1",
+    ] {
+        assert_eq!(refused(line), ErrorKind::ValueValidation, "{line}");
+    }
+    let line = "kvmictl read --vcpu 1 0 1";
+    assert_eq!(refused(line), ErrorKind::MissingRequiredArgument);
+    refused("kvmictl find x --max 0");
+    refused("kvmictl top --count 0");
+    refused("kvmictl");
+}

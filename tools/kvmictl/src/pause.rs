@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! `kvmictl pause`
+
+use std::time::Instant;
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::{cli::Pause, output::Output, session::Session, wait::End};
+
+/// Pauses a VM for a while.
+pub fn run(arguments: &Pause, output: &mut Output) -> Result<()> {
+    let mut session = Session::open(&arguments.vm)?;
+    let pid = session.pid();
+    // From here on an interrupt ends the pause rather than the process.
+    let waiter = session.watch()?;
+    session.allow_pause(arguments.duration)?;
+    let paused = session.pause()?;
+    let begun = Instant::now();
+    announce(pid, paused.vcpus().len(), paused.dormant(), output)?;
+
+    let end = waiter.wait_as_tool(arguments.duration)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    if end == End::VmEnded {
+        // There is nothing left to resume or to unhook.
+        drop(paused);
+        drop(session);
+    } else {
+        paused.resume()?;
+        session.close()?;
+    }
+    report(pid, end, seconds, output)
+}
+
+fn announce(pid: i32, vcpus: usize, dormant: &[u16], output: &mut Output) -> Result<()> {
+    if output.is_json() {
+        let state = json!({ "state": "paused", "pid": pid, "vcpus": vcpus, "dormant": dormant });
+        output.json(&state)?;
+    } else {
+        let vcpus = match vcpus {
+            1 => "1 vCPU".to_owned(),
+            vcpus => format!("{vcpus} vCPUs"),
+        };
+        let mut line = format!("paused {vcpus} of the VM of process {pid}");
+        if !dormant.is_empty() {
+            line += &format!("; {} not started yet", dormant.len());
+        }
+        output.line(line + "; interrupt to resume")?;
+    }
+    Ok(output.flush()?)
+}
+
+fn report(pid: i32, end: End, seconds: f64, output: &mut Output) -> Result<()> {
+    let (state, reason) = outcome(end);
+    if output.is_json() {
+        return Ok(output.json(&json!({
+            "state": state,
+            "pid": pid,
+            "reason": reason,
+            "seconds": seconds,
+        }))?);
+    }
+    Ok(output.line(match end {
+        End::VmEnded => format!("the VM has ended after {seconds:.1} s"),
+        _ => format!("resumed after {seconds:.1} s"),
+    })?)
+}
+
+/// What the VM does after the pause, and why.
+fn outcome(end: End) -> (&'static str, &'static str) {
+    match end {
+        End::VmEnded | End::ToolHungUp => ("ended", "vm"),
+        End::Signal => ("resumed", "signal"),
+        End::Timeout => ("resumed", "timeout"),
+    }
+}

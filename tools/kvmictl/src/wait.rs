@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! Waiting for the end of an introspection.
+
+use std::{
+    io::{self, Read as _},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    time::{Duration, Instant},
+};
+
+use kvmi_client::{attach::Target, Error};
+use rustix::{
+    event::{poll, PollFd, PollFlags, Timespec},
+    io::Errno,
+};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    low_level::pipe,
+};
+
+/// How an introspection, or the wait for its end, ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The tool has closed its end of the socket, or the kernel has closed the VM's.
+    ToolHungUp,
+    /// The VMM has ended.
+    VmEnded,
+    /// This process was told to end.
+    Signal,
+    /// Nothing happened in time.
+    Timeout,
+}
+
+/// Waits for the end. From its creation on, the signals that would end the process are caught.
+#[derive(Debug)]
+pub struct Waiter {
+    vmm: OwnedFd,
+    socket: OwnedFd,
+    signals: UnixStream,
+}
+
+impl Waiter {
+    /// Watches the process of `target`, the signals, and `socket`, for hang-ups only: data on it
+    /// is not for us.
+    pub fn new(target: &Target, socket: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::watch(target.pidfd(), socket)
+    }
+
+    fn watch(vmm: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io::Result<Self> {
+        let (signals, sender) = UnixStream::pair()?;
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            pipe::register(signal, sender.try_clone()?)?;
+        }
+        Ok(Self {
+            vmm: vmm.try_clone_to_owned()?,
+            socket: socket.try_clone_to_owned()?,
+            signals,
+        })
+    }
+
+    /// Waits for the first thing to happen.
+    pub fn wait(&self, timeout: Option<Duration>) -> io::Result<End> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            let mut fds = [
+                PollFd::new(&self.socket, PollFlags::RDHUP),
+                PollFd::new(&self.vmm, PollFlags::IN),
+                PollFd::new(&self.signals, PollFlags::IN),
+            ];
+            match poll(&mut fds, remaining(deadline).as_ref()) {
+                Ok(0) => return Ok(End::Timeout),
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            }
+            let [socket, vmm, signals] = fds.map(|fd| !fd.revents().is_empty());
+            if vmm {
+                return Ok(End::VmEnded);
+            }
+            if socket {
+                return Ok(End::ToolHungUp);
+            }
+            if signals {
+                (&self.signals).read_exact(&mut [0])?;
+                return Ok(End::Signal);
+            }
+        }
+    }
+
+    /// As [`Self::wait`] where this process is the tool itself: a hang-up that is not the end of the
+    /// VM is an error.
+    pub fn wait_as_tool(&self, timeout: Option<Duration>) -> anyhow::Result<End> {
+        match self.wait(timeout)? {
+            End::ToolHungUp if self.vmm_has_ended()? => Ok(End::VmEnded),
+            End::ToolHungUp => Err(Error::Closed.into()),
+            end => Ok(end),
+        }
+    }
+
+    /// Whether the VMM has ended. While it does, the socket is closed shortly before the process
+    /// is gone, so this allows a moment for the latter.
+    pub fn vmm_has_ended(&self) -> io::Result<bool> {
+        let moment = Timespec {
+            tv_sec: 0,
+            tv_nsec: 100_000_000,
+        };
+        let mut fds = [PollFd::new(&self.vmm, PollFlags::IN)];
+        match poll(&mut fds, Some(&moment)) {
+            Ok(ready) => Ok(ready != 0),
+            Err(Errno::INTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+fn remaining(deadline: Option<Instant>) -> Option<Timespec> {
+    let left = deadline?.saturating_duration_since(Instant::now());
+    Some(Timespec {
+        tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: left.subsec_nanos().into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::Write as _,
+        os::fd::{AsFd as _, OwnedFd},
+        process::Command,
+    };
+
+    use rustix::process::{pidfd_open, Pid, PidfdFlags};
+
+    const SHORT: Option<Duration> = Some(Duration::from_millis(50));
+
+    fn pidfd(child: &std::process::Child) -> OwnedFd {
+        pidfd_open(Pid::from_child(child), PidfdFlags::empty()).unwrap()
+    }
+
+    #[test]
+    fn each_kind_of_end_is_noticed_and_data_is_left_alone() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let vmm = pidfd(&child);
+        let (ours, mut tools) = UnixStream::pair().unwrap();
+        let waiter = Waiter::watch(vmm.as_fd(), ours.as_fd()).unwrap();
+        assert_eq!(waiter.wait(SHORT).unwrap(), End::Timeout);
+
+        tools.write_all(b"data").unwrap();
+        assert_eq!(waiter.wait(SHORT).unwrap(), End::Timeout);
+
+        for _ in 0..2 {
+            signal_hook::low_level::raise(SIGTERM).unwrap();
+            assert_eq!(waiter.wait(None).unwrap(), End::Signal);
+        }
+        assert_eq!(waiter.wait(SHORT).unwrap(), End::Timeout);
+
+        drop(tools);
+        assert_eq!(waiter.wait(None).unwrap(), End::ToolHungUp);
+        assert!(!waiter.vmm_has_ended().unwrap());
+        assert!(waiter.wait_as_tool(None).is_err());
+
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(waiter.wait(None).unwrap(), End::VmEnded);
+        assert!(waiter.vmm_has_ended().unwrap());
+        assert_eq!(waiter.wait_as_tool(None).unwrap(), End::VmEnded);
+
+        let mut data = [0; 4];
+        (&ours).read_exact(&mut data).unwrap();
+        assert_eq!(&data, b"data");
+    }
+
+    #[test]
+    fn kernel_shutting_down_the_socket_is_a_hang_up() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let vmm = pidfd(&child);
+        let (ours, _tools) = UnixStream::pair().unwrap();
+        let waiter = Waiter::watch(vmm.as_fd(), ours.as_fd()).unwrap();
+        let kernels = ours.try_clone().unwrap();
+        kernels.shutdown(std::net::Shutdown::Both).unwrap();
+        assert_eq!(waiter.wait(None).unwrap(), End::ToolHungUp);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
