@@ -9,23 +9,39 @@ use std::process::ExitCode;
 
 use harness::{Options, Test};
 
+mod address;
 mod commands;
 mod device;
 mod framing;
 mod fuzz;
+mod guest;
+mod guests;
 mod harness;
 mod hook;
+mod hotplug;
+mod inject;
+mod jobs;
 mod lifecycle;
 mod masks;
 mod memory;
+mod pause;
 mod physical;
+mod registers;
+mod reply;
 mod role;
+mod signals;
+mod state;
 mod status;
 mod stress;
 mod sys;
 mod tool;
 mod util;
+mod vcpu;
+mod vcpu_fuzz;
+mod vcpu_stress;
+mod vcpu_tool;
 mod vm;
+mod xsave;
 
 /// Process exit status for "nothing was tested", as kselftest has it.
 const EXIT_SKIP: u8 = 4;
@@ -57,8 +73,21 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         device::TESTS,
         status::TESTS,
         lifecycle::TESTS,
+        guests::TESTS,
+        jobs::TESTS,
+        state::TESTS,
+        registers::TESTS,
+        xsave::TESTS,
+        address::TESTS,
+        pause::TESTS,
+        reply::TESTS,
+        inject::TESTS,
+        signals::TESTS,
+        hotplug::TESTS,
         stress::TESTS,
+        vcpu_stress::TESTS,
         fuzz::TESTS,
+        vcpu_fuzz::TESTS,
     ]
     .into_iter()
     .flatten()

@@ -135,6 +135,16 @@ pub fn vm_memory_with(dev: impl AsFd, mut memory: VmMemory) -> Result<VmMemory, 
     Ok(memory)
 }
 
+/// The bytes of a structure that KVM has filled in.
+///
+/// # Safety
+///
+/// `T` has no implicit padding.
+pub unsafe fn bytes_of<T>(value: &T) -> &[u8] {
+    // SAFETY: the bytes are those of `value`, and all of them have a value.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
 /// Tries to unload the module without waiting.
 pub fn try_unload() -> Result<(), Errno> {
     const O_NONBLOCK: i32 = 0o4000;

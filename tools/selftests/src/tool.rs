@@ -320,13 +320,13 @@ pub fn write_payload(gpa: u64, data: &[u8]) -> Vec<u8> {
 
 /// Takes a reply for one without data.
 #[track_caller]
-fn nothing(reply: Result<Vec<u8>, KvmiError>) -> Result<(), KvmiError> {
+pub fn nothing(reply: Result<Vec<u8>, KvmiError>) -> Result<(), KvmiError> {
     reply.map(|data| assert_eq!(data.len(), 0, "bytes after the code of a success"))
 }
 
 /// Takes a reply for one with just this structure.
 #[track_caller]
-fn structure<T: FromBytes>(reply: Result<Vec<u8>, KvmiError>) -> T {
+pub fn structure<T: FromBytes>(reply: Result<Vec<u8>, KvmiError>) -> T {
     let data = reply.expect("the command succeeds");
     T::read_from_bytes(&data).expect("the reply has the size of its structure")
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! Tiny VMs: a few MiB of memory, and vCPUs in real mode that count or halt.
+//! Tiny VMs: a few MiB of memory, and vCPUs that count, halt or do nothing.
 
 use std::{
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd},
@@ -12,20 +12,21 @@ use std::{
     time::Duration,
 };
 
-use kvm_bindings::{
-    kvm_mp_state, kvm_userspace_memory_region, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
-    KVM_MP_STATE_RUNNABLE,
-};
+use kvm_bindings::{kvm_userspace_memory_region, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use libc::{c_void, siginfo_t};
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
 use crate::{
+    guest::{self, Record},
     memory::Memory,
     sys,
     tool::Tool,
     util::{soon, wait_for},
+    vcpu::Vcpu,
 };
+
+pub use crate::guest::{Guest, STOP};
 
 /// Size of a page.
 pub const PAGE: usize = 4096;
@@ -33,30 +34,6 @@ pub const PAGE: usize = 4096;
 pub const MEMORY: usize = 2 << 20;
 /// Guest physical address of memory that no guest code uses, up to [`MEMORY`].
 pub const SCRATCH: u64 = 0x1_0000;
-/// Guest physical address where a byte other than 0 ends every counting vCPU.
-pub const STOP: u64 = 0x2ff0;
-
-const COUNT_CODE: u64 = 0x1000;
-const HALT_CODE: u64 = 0x1100;
-const COUNTERS: u64 = 0x3000;
-const COUNTER_STRIDE: u64 = 64;
-
-/// `1: incl (%bx); cmpb $0, STOP; je 1b; out %al, $0x10; hlt`
-const COUNT: &[u8] = &[
-    0x66, 0xff, 0x07, 0x80, 0x3e, 0xf0, 0x2f, 0x00, 0x74, 0xf6, 0xe6, 0x10, 0xf4,
-];
-/// `1: incl (%bx); hlt; jmp 1b`
-const HALT: &[u8] = &[0x66, 0xff, 0x07, 0xf4, 0xeb, 0xfa];
-
-/// What a vCPU does.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Guest {
-    /// Counts as fast as it can.
-    Count,
-    /// Counts one, and halts for good; the VM needs an interrupt controller.
-    Halt,
-}
-
 struct VcpuThread {
     thread: JoinHandle<()>,
     tid: i32,
@@ -100,8 +77,7 @@ impl TestVm {
 
     /// A VM with [`MEMORY`] bytes of this memory, as slot 0.
     pub fn with_memory(memory: Memory, flags: u32) -> Self {
-        memory.write(COUNT_CODE, COUNT);
-        memory.write(HALT_CODE, HALT);
+        guest::install(&memory);
         let mut vm = Self::bare().expect("a VM can be created");
         vm.memory = memory;
         vm.set_slot(0, 0, &memory, MEMORY, flags);
@@ -118,9 +94,14 @@ impl TestVm {
 
     /// A VM with this many vCPUs that count.
     pub fn counting(vcpus: u32) -> Self {
+        Self::running(Guest::Count, vcpus)
+    }
+
+    /// A VM with this many vCPUs that do the same.
+    pub fn running(guest: Guest, vcpus: u32) -> Self {
         let mut vm = Self::new();
         for _ in 0..vcpus {
-            vm.start(Guest::Count);
+            vm.start(guest);
         }
         vm
     }
@@ -186,14 +167,43 @@ impl TestVm {
         vcpu.expect("a vCPU can be created")
     }
 
+    /// Adds a vCPU that is ready to run, but for having been started if the VM has an interrupt
+    /// controller.
+    #[track_caller]
+    fn prepare(&mut self, guest: Guest) -> (u32, VcpuFd) {
+        let index = self.vcpus;
+        let mut vcpu = self.create_vcpu();
+        guest::set_up(&mut vcpu, guest, index);
+        register_signal_handler(SIGRTMIN(), ignore).expect("a signal can be handled");
+        (index, vcpu)
+    }
+
+    /// Adds a vCPU that runs when the test says so.
+    #[track_caller]
+    pub fn control(&mut self, guest: Guest) -> Vcpu {
+        let (index, vcpu) = self.prepare(guest);
+        if self.irqchip {
+            guest::make_runnable(&vcpu);
+        }
+        Vcpu::new(vcpu, index)
+    }
+
+    /// Adds a vCPU that waits to be started by another one, as all but the first do in a VM with an
+    /// interrupt controller.
+    #[track_caller]
+    pub fn control_unstarted(&mut self, guest: Guest) -> Vcpu {
+        assert!(self.irqchip && self.vcpus != 0);
+        let (index, vcpu) = self.prepare(guest);
+        Vcpu::new(vcpu, index)
+    }
+
     /// Adds a vCPU and runs it until the VM is dropped; returns its index when it has begun.
     #[track_caller]
     pub fn start(&mut self, guest: Guest) -> u32 {
-        let index = self.vcpus;
-        let mut vcpu = self.create_vcpu();
-        set_up(&mut vcpu, guest, index, self.irqchip);
-        register_signal_handler(SIGRTMIN(), ignore).expect("a signal can be handled");
-
+        let (index, mut vcpu) = self.prepare(guest);
+        if self.irqchip {
+            guest::make_runnable(&vcpu);
+        }
         let stop = self.stop.clone();
         let (tid, started) = std::sync::mpsc::channel();
         let thread = thread::spawn(move || {
@@ -215,18 +225,33 @@ impl TestVm {
 
     /// How far a vCPU has counted.
     pub fn count(&self, index: u32) -> u32 {
-        let counter = COUNTERS + u64::from(index) * COUNTER_STRIDE;
+        let counter = guest::counter(index);
         self.memory.number(counter).load(Ordering::Relaxed)
+    }
+
+    /// What a vCPU's exception handler has seen last.
+    pub fn record(&self, index: u32) -> Record {
+        guest::record(&self.memory, index)
+    }
+
+    /// Fails the test unless this vCPU counts on.
+    #[track_caller]
+    pub fn expect_progress_of(&self, index: u32) {
+        let before = self.count(index);
+        wait_for("the guest goes on", || self.count(index) != before);
+    }
+
+    /// Sends a signal to the thread of the vCPU that was started as number `nth`.
+    pub fn signal(&self, nth: usize) {
+        let sent = self.threads[nth].thread.kill(SIGRTMIN());
+        sent.expect("a signal can be sent");
     }
 
     /// Fails the test unless all vCPUs that count go on.
     #[track_caller]
     pub fn expect_progress(&self) {
-        let counting = |vcpu: &&VcpuThread| vcpu.guest == Guest::Count;
-        for VcpuThread { index, .. } in self.threads.iter().filter(counting) {
-            let index = *index;
-            let before = self.count(index);
-            wait_for("the guest goes on", || self.count(index) != before);
+        for vcpu in self.threads.iter().filter(|vcpu| vcpu.guest.counts()) {
+            self.expect_progress_of(vcpu.index);
         }
     }
 
@@ -306,32 +331,6 @@ impl Drop for TestVm {
 
 /// A signal ends KVM_RUN, and does nothing else.
 extern "C" fn ignore(_: i32, _: *mut siginfo_t, _: *mut c_void) {}
-
-/// Sets the registers of a new vCPU.
-#[track_caller]
-fn set_up(vcpu: &mut VcpuFd, guest: Guest, index: u32, irqchip: bool) {
-    let mut sregs = vcpu.get_sregs().expect("registers can be read");
-    for segment in [&mut sregs.cs, &mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
-        segment.base = 0;
-        segment.selector = 0;
-    }
-    vcpu.set_sregs(&sregs).expect("registers can be set");
-    let mut regs = vcpu.get_regs().expect("registers can be read");
-    regs.rip = match guest {
-        Guest::Count => COUNT_CODE,
-        Guest::Halt => HALT_CODE,
-    };
-    regs.rbx = COUNTERS + u64::from(index) * COUNTER_STRIDE;
-    // With interrupts on: Bochs holds back those of the host while a guest has them off.
-    regs.rflags = 0x202;
-    vcpu.set_regs(&regs).expect("registers can be set");
-    if irqchip {
-        let runnable = kvm_mp_state {
-            mp_state: KVM_MP_STATE_RUNNABLE,
-        };
-        vcpu.set_mp_state(runnable).expect("a vCPU can be started");
-    }
-}
 
 /// Runs a vCPU until it is told to stop, from outside or by the guest.
 fn run(vcpu: &mut VcpuFd, stop: &AtomicBool) {
