@@ -103,7 +103,12 @@ impl KThread {
 
         // SAFETY: By the safety requirements of this function.
         let f = unsafe { KBox::<F>::from_raw(data.cast()) };
-        KBox::into_inner(f)();
+        // A signal that came before there was a handler is lost, but then this is set.
+        //
+        // SAFETY: Called on a kernel thread.
+        if !unsafe { bindings::kthread_should_stop() } {
+            KBox::into_inner(f)();
+        }
         0
     }
 

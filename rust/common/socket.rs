@@ -104,6 +104,30 @@ impl StreamSocket {
         Ok(true)
     }
 
+    /// Receives something into `buf`, without waiting; gives `false` if there is nothing. Ancillary
+    /// data is dropped.
+    pub fn recv_now(&self, buf: &mut [u8]) -> bool {
+        let mut msg = bindings::msghdr::default();
+        let len = buf.len();
+        let mut vec = bindings::kvec {
+            iov_base: buf.as_mut_ptr().cast(),
+            iov_len: len,
+        };
+        // SAFETY: `sock` is valid by the type invariant; `vec` describes memory that is
+        // exclusively ours for the duration of the call.
+        let ret = unsafe {
+            bindings::kernel_recvmsg(
+                self.sock.as_ptr(),
+                &mut msg,
+                &mut vec,
+                1,
+                len,
+                bindings::MSG_DONTWAIT as c_int,
+            )
+        };
+        ret > 0
+    }
+
     /// Sends the concatenation of `parts`.
     ///
     /// Two transmissions at the same time may mix: callers exclude each other. Fails with `EINTR`
@@ -142,8 +166,10 @@ impl StreamSocket {
         const EPOLLHUP: u32 = 0x10;
         const EPOLLRDHUP: u32 = 0x2000;
 
-        // SAFETY: `sock` is valid by the type invariant; file and operations never change.
-        let (file, ops) = unsafe { ((*self.sock.as_ptr()).file, (*self.sock.as_ptr()).ops) };
+        // SAFETY: `sock` is valid by the type invariant; the file of a socket never changes.
+        let file = unsafe { (*self.sock.as_ptr()).file };
+        // SAFETY: As above; the operations may be replaced (IPV6_ADDRFORM), by valid ones.
+        let ops = unsafe { (&raw const (*self.sock.as_ptr()).ops).read_volatile() };
         // SAFETY: The operations of a valid socket are valid.
         let Some(poll) = (unsafe { (*ops).poll }) else {
             return false;

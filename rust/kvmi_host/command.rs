@@ -59,7 +59,7 @@ pub(crate) fn execute<'a>(
         Request::CheckCommand(id) => policy.check_command(id).map(|()| NOTHING),
         Request::CheckEvent(id) => policy.check_event(id).map(|()| NOTHING),
         Request::GetInfo => scratch.put(&VmInfo {
-            vcpu_count: session.vm().vcpu_count()?,
+            vcpu_count: u32::try_from(session.vcpu_count()).map_err(|_| KvmiError::TooBig)?,
             padding: [0; 3],
         }),
         Request::ControlEvents { event, enable } => {

@@ -99,6 +99,13 @@ impl Connection {
         self.socket.shutdown();
     }
 
+    /// Drops what was received and not read. After [`Self::close`], when nothing more can arrive.
+    ///
+    /// Descriptors that were passed along are among that, and may be what keeps the VM alive.
+    pub(crate) fn discard(&self, scratch: &mut [u8]) {
+        while self.socket.recv_now(scratch) {}
+    }
+
     /// Receives the header of the next message, or `None` at the end of the stream.
     pub(crate) fn recv_header(&self) -> Result<Option<Header>> {
         let mut header = Header::new_zeroed();
@@ -174,7 +181,8 @@ impl Connection {
     fn wait_for_turn(&self) -> Result<Turn<'_>> {
         let mut outgoing = self.outgoing.lock();
         while outgoing.busy {
-            if self.turn.wait_interruptible(&mut outgoing) {
+            // Who was notified has to take the turn: the notification is not for anybody else.
+            if self.turn.wait_interruptible(&mut outgoing) && outgoing.busy {
                 return Err(EINTR);
             }
         }
@@ -186,10 +194,12 @@ impl Connection {
         let mut outgoing = self.outgoing.lock();
         let mut left = msecs_to_jiffies(EVENT_PATIENCE_MS);
         while outgoing.busy {
+            // As above.
             match self.turn.wait_interruptible_timeout(&mut outgoing, left) {
                 CondVarTimeoutResult::Woken { jiffies } => left = jiffies,
-                CondVarTimeoutResult::Timeout => return Err(EAGAIN),
-                CondVarTimeoutResult::Signal { .. } => return Err(EINTR),
+                CondVarTimeoutResult::Timeout if outgoing.busy => return Err(EAGAIN),
+                CondVarTimeoutResult::Signal { .. } if outgoing.busy => return Err(EINTR),
+                _ => {}
             }
         }
         outgoing.busy = true;

@@ -119,10 +119,13 @@ impl DeviceFile {
         }
         let vm = VmRef::from_fd(attach.vm_fd)?;
         vm.may_attach()?;
-        let session = Session::hook(&vm, attach.socket_fd, attach.uuid, state.policy)?;
-        if let Some(ms) = state.event_timeout_ms {
-            session.set_event_timeout(ms);
-        }
+        let session = Session::hook(
+            &vm,
+            attach.socket_fd,
+            attach.uuid,
+            state.policy,
+            state.event_timeout_ms,
+        )?;
         let old = state.session.replace(session);
         // Putting the last reference to the VM unhooks it, and the old session goes with its
         // socket: not under the lock.

@@ -62,7 +62,7 @@ pub(crate) fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
             if hook.padding != 0 {
                 return Err(EINVAL);
             }
-            Session::hook(vm, hook.fd, hook.uuid, Policy::default())?;
+            Session::hook(vm, hook.fd, hook.uuid, Policy::default(), None)?;
             Ok(0)
         }
         _ => session_ioctl(registry::find(vm.id()), cmd, arg),

@@ -48,6 +48,7 @@ impl Receiver {
                 // Whatever ended the service, the tool and the VMM learn it from the socket.
                 let _ = serve(&session, &mut buffers);
                 session.connection().close();
+                session.connection().discard(&mut buffers.payload);
                 session.release_vcpus();
             })?,
         })

@@ -112,11 +112,17 @@ pub(crate) struct Session {
 
 impl Session {
     /// Hooks `vm` to the tool at the other end of the socket `fd` of the current process, which
-    /// may do what `policy` says.
+    /// may do what `policy` says, and has `event_timeout_ms` for each reply to an event.
     ///
     /// Fails with `EEXIST` if the VM is hooked, `EINVAL` if `fd` is not a connected stream socket,
     /// `EOPNOTSUPP` if the VM cannot be introspected.
-    pub(crate) fn hook(vm: &Vm, fd: i32, uuid: [u8; 16], policy: Policy) -> Result<Arc<Self>> {
+    pub(crate) fn hook(
+        vm: &Vm,
+        fd: i32,
+        uuid: [u8; 16],
+        policy: Policy,
+        event_timeout_ms: Option<u32>,
+    ) -> Result<Arc<Self>> {
         // The protocol wants this error before one about the socket.
         if registry::find(vm.id()).is_some() {
             return Err(EEXIST);
@@ -139,7 +145,9 @@ impl Session {
                     held_ns: Atomic::new(0),
                 },
                 unhook_event: Atomic::new(false),
-                event_timeout_ms: Atomic::new(*module_parameters::event_timeout_ms.value()),
+                event_timeout_ms: Atomic::new(
+                    event_timeout_ms.unwrap_or(*module_parameters::event_timeout_ms.value()),
+                ),
                 cleanup: Atomic::new(true),
                 vm <- AttachedVm::new(),
                 vcpus <- new_mutex!(KVec::new(), "Session::vcpus"),
@@ -224,6 +232,9 @@ impl Session {
     /// Sets how long a vCPU waits for the reply to an event, in milliseconds; 0 means for ever.
     pub(crate) fn set_event_timeout(&self, ms: u32) {
         self.event_timeout_ms.store(ms, Relaxed);
+        for vcpu in self.vcpus.lock().iter().flatten() {
+            vcpu.look_at_the_clock();
+        }
     }
 
     /// Returns the same, in ns.
@@ -253,11 +264,16 @@ impl Session {
         let vcpus = self.vcpus.lock();
         let vcpu = vcpus.get(usize::from(index)).and_then(Clone::clone);
         drop(vcpus);
-        match vcpu {
-            Some(vcpu) => Ok(vcpu),
-            None if u32::from(index) >= self.vm.vcpu_count()? => Err(KvmiError::Inval),
-            None => Err(KvmiError::Again),
-        }
+        vcpu.ok_or(if usize::from(index) < self.vcpu_count() {
+            KvmiError::Again
+        } else {
+            KvmiError::Inval
+        })
+    }
+
+    /// Returns the number of vCPUs that are online.
+    pub(crate) fn vcpu_count(&self) -> usize {
+        self.vcpus.lock().len()
     }
 
     /// Lets go of all vCPUs: there is no tool any more.

@@ -9,6 +9,9 @@
 //! When a signal gets the thread out of `KVM_RUN`, whatever was under way (a wait, a reply or an
 //! event not sent yet) is left as it is, and continued at the next `KVM_RUN`.
 
+mod inbox;
+mod work;
+
 use kernel::{
     new_condvar,
     new_mutex,
@@ -28,104 +31,39 @@ use kernel::{
     time::{
         delay::fsleep,
         msecs_to_jiffies,
-        Delta,
-        Instant,
-        Monotonic, //
+        Delta, //
     }, //
 };
 use kvmi_abi::{
-    arch::Regs,
-    vcpu::{
-        TrapEvent,
-        MAX_PENDING_PAUSES, //
-    },
-    vcpu_request::{
-        Action,
-        EventAnswer, //
-    },
-    wire::{
-        Header,
-        MAX_MSG_SIZE, //
-    },
-    Command,
-    Event,
-    KvmiError,
-    VcpuRequest, //
+    vcpu::MAX_PENDING_PAUSES,
+    vcpu_request::EventAnswer,
+    KvmiError, //
 };
-use zerocopy::IntoBytes;
 
+pub(crate) use self::inbox::Job;
+use self::{
+    inbox::{
+        Inbox,
+        MAX_JOBS, //
+    },
+    work::ThreadState, //
+};
 use crate::{
     connection::Connection,
-    kvm::{
-        CurrentVcpu,
-        VcpuRemote,
-        Woken, //
-        WorkDone,
-    },
-    session::Session,
-    vcpu_command, //
+    kvm::VcpuRemote,
+    session::Session, //
 };
-
-/// Commands that a vCPU may have waiting. When there are as many, nothing more is read from the
-/// tool.
-const MAX_JOBS: usize = 32;
 
 /// After so many commands a vCPU is left alone for [`BREATHER`], so that a tool that floods it
 /// cannot keep it out of the guest.
 const JOBS_IN_A_ROW: u32 = 64;
 const BREATHER: Delta = Delta::from_micros(200);
+/// How often that long the vCPU may take to finish what it has.
+const MAX_BREATHERS: u32 = 50;
 
 /// How often the receive thread, when it waits for room, looks whether the tool is still there, in
 /// milliseconds.
 const HANGUP_CHECK_MS: u32 = 100;
-
-/// A command of the tool.
-pub(crate) struct Job {
-    pub(crate) header: Header,
-    pub(crate) command: Command,
-    /// What follows the vCPU header.
-    pub(crate) payload: KVec<u8>,
-}
-
-/// An event that was sent.
-struct Outstanding {
-    seq: u32,
-    event: Event,
-    answer: Option<Action>,
-    /// When it was sent: signals do not prolong the time that the tool has.
-    since: Instant<Monotonic>,
-}
-
-/// What other threads tell the vCPU's thread.
-struct Inbox {
-    /// In the order of arrival; never grows beyond its capacity.
-    jobs: KVec<Job>,
-    /// Pause events to be sent.
-    pauses: u32,
-    outstanding: Option<Outstanding>,
-    /// There is no tool any more.
-    closed: bool,
-}
-
-impl Inbox {
-    /// Whether a vCPU that waits for the reply to an event has something to do.
-    fn wakes(&self) -> bool {
-        let answered = |o: &Outstanding| o.answer.is_some();
-        self.closed || !self.jobs.is_empty() || self.outstanding.as_ref().is_some_and(answered)
-    }
-}
-
-/// What only the vCPU's thread uses.
-struct ThreadState {
-    /// Where the data of replies and the bodies of events are put together.
-    scratch: KVec<u8>,
-    /// A reply that could not be sent because of a signal; its data is the begin of `scratch`.
-    unsent: Option<(Header, Result<usize, KvmiError>)>,
-    /// A trap that was not sent yet.
-    trap: Option<TrapEvent>,
-    /// What SET_REGISTERS has left for the end of the event.
-    new_regs: Option<Regs>,
-}
 
 /// A vCPU of a hooked VM.
 #[pin_data]
@@ -153,18 +91,8 @@ impl Vcpu {
         session: Arc<Session>,
         remote: Arc<VcpuRemote>,
     ) -> Result<Arc<Self>> {
-        let inbox = Inbox {
-            jobs: KVec::with_capacity(MAX_JOBS, GFP_KERNEL)?,
-            pauses: 0,
-            outstanding: None,
-            closed: session.connection().is_closed(),
-        };
-        let thread = ThreadState {
-            scratch: KVec::from_elem(0, MAX_MSG_SIZE, GFP_KERNEL)?,
-            unsent: None,
-            trap: None,
-            new_regs: None,
-        };
+        let inbox = Inbox::new(session.connection().is_closed())?;
+        let thread = ThreadState::new()?;
         Arc::pin_init(
             pin_init!(Self {
                 index,
@@ -202,12 +130,39 @@ impl Vcpu {
         self.inbox.lock().outstanding.is_some()
     }
 
-    // --- For the receive thread --------------------------------------------------------------
-
     /// Hands over a command; sleeps while there is no room. Fails with `EPIPE` if the tool hangs
     /// up meanwhile, `EINTR` if the thread is killed.
     pub(crate) fn enqueue(&self, job: Job) -> Result {
         self.pace();
+        self.wait_for_room()?;
+        // Room was allocated, and only this thread fills it; the job is given back otherwise.
+        let refused = self.inbox.lock().jobs.push_within_capacity(job).err();
+        if refused.is_some() {
+            return Err(ENOMEM);
+        }
+        self.remote.request();
+        Ok(())
+    }
+
+    /// Lets the vCPU into the guest every now and then: when it has nothing left to do, and for a
+    /// while. A vCPU whose thread is in the VMM is not waited for.
+    fn pace(&self) {
+        let jobs = self.jobs_in_a_row.load(Relaxed) + 1;
+        if jobs >= JOBS_IN_A_ROW {
+            for _ in 0..MAX_BREATHERS {
+                if self.inbox.lock().jobs.is_empty() {
+                    break;
+                }
+                fsleep(BREATHER);
+            }
+            fsleep(BREATHER);
+        }
+        self.jobs_in_a_row.store(jobs % JOBS_IN_A_ROW, Relaxed);
+    }
+
+    /// Waits until there is room for a job, or no tool any more. Fails with `EPIPE` if the tool hangs
+    /// up meanwhile, `EINTR` if the thread is killed.
+    fn wait_for_room(&self) -> Result {
         let mut inbox = self.inbox.lock();
         let mut check = msecs_to_jiffies(HANGUP_CHECK_MS);
         while !inbox.closed && inbox.jobs.len() >= MAX_JOBS {
@@ -224,23 +179,7 @@ impl Vcpu {
                 }
             }
         }
-        // There is room, and room was allocated; the job is given back otherwise.
-        let refused = inbox.jobs.push_within_capacity(job).err();
-        drop(inbox);
-        if refused.is_some() {
-            return Err(ENOMEM);
-        }
-        self.remote.request();
         Ok(())
-    }
-
-    /// Lets the vCPU into the guest every now and then.
-    fn pace(&self) {
-        let jobs = self.jobs_in_a_row.load(Relaxed) + 1;
-        if jobs >= JOBS_IN_A_ROW {
-            fsleep(BREATHER);
-        }
-        self.jobs_in_a_row.store(jobs % JOBS_IN_A_ROW, Relaxed);
     }
 
     /// Asks for a PAUSE event; if `wait`, returns when the vCPU is out of the guest.
@@ -262,6 +201,7 @@ impl Vcpu {
     /// Takes the reply to an event; gives `false` if it is not one that the vCPU waits for.
     pub(crate) fn answer(&self, seq: u32, answer: &EventAnswer) -> bool {
         let mut inbox = self.inbox.lock();
+        let jobs_before = inbox.jobs.len();
         let waiting = inbox.outstanding.as_mut();
         let Some(outstanding) =
             waiting.filter(|o| o.seq == seq && o.event == answer.event && o.answer.is_none())
@@ -269,6 +209,7 @@ impl Vcpu {
             return false;
         };
         outstanding.answer = Some(answer.action);
+        outstanding.jobs_before = jobs_before;
         drop(inbox);
         self.remote.request();
         true
@@ -284,206 +225,9 @@ impl Vcpu {
         self.remote.request();
     }
 
-    // --- For the vCPU's thread ---------------------------------------------------------------
-
-    /// Serves what there is: the event under way, then a trap, then commands, then pauses.
-    pub(crate) fn work(&self, current: &CurrentVcpu) -> Result<WorkDone> {
-        if !self.served.xchg(true, Relaxed) {
-            self.session.counters().vcpus_served.fetch_add(1, Relaxed);
-        }
-        let mut thread = self.thread.lock();
-        let thread = &mut *thread;
-        self.send_unsent(thread, current)?;
-        loop {
-            if self.is_in_event() {
-                if self.finish_event(thread, current)? == WorkDone::Leave {
-                    // What is left is for the next `KVM_RUN`, if there is one.
-                    self.remote.request();
-                    return Ok(WorkDone::Leave);
-                }
-                continue;
-            }
-            if thread.trap.is_none() {
-                thread.trap = current.trap();
-            }
-            if let Some(trap) = thread.trap {
-                self.raise(thread, current, Event::Trap, trap.as_bytes())?;
-                thread.trap = None;
-            } else if let Some(job) = self.take_job() {
-                self.run(thread, current, &job)?;
-            } else if self.take_pause() {
-                // The tool may ask for another one as soon as it has the event.
-                self.raise(thread, current, Event::Pause, &[])
-                    .inspect_err(|_| self.inbox.lock().pauses += 1)?;
-            } else {
-                return Ok(WorkDone::Enter);
-            }
-        }
-    }
-
-    fn take_job(&self) -> Option<Job> {
-        let mut inbox = self.inbox.lock();
-        if inbox.closed || inbox.jobs.is_empty() {
-            return None;
-        }
-        let job = inbox.jobs.remove(0).ok();
-        drop(inbox);
-        self.room.notify_one();
-        job
-    }
-
-    /// Takes a pause out of the count, if there is one.
-    fn take_pause(&self) -> bool {
-        let mut inbox = self.inbox.lock();
-        let pending = inbox.pauses > 0;
-        inbox.pauses = inbox.pauses.saturating_sub(1);
-        pending
-    }
-
-    /// Executes a command and sends the reply.
-    fn run(&self, thread: &mut ThreadState, current: &CurrentVcpu, job: &Job) -> Result {
-        let policy = self.session.policy();
-        let result = VcpuRequest::parse(job.command, &job.payload, &policy).and_then(|request| {
-            vcpu_command::execute(
-                self,
-                current,
-                request,
-                &mut thread.scratch,
-                &mut thread.new_regs,
-            )
-        });
-        thread.unsent = Some((job.header, result));
-        self.send_unsent(thread, current)
-    }
-
-    /// Sends the reply that is waiting, if any. Fails only because of a signal; a reply to nobody
-    /// is dropped.
-    fn send_unsent(&self, thread: &mut ThreadState, current: &CurrentVcpu) -> Result {
-        let Some((header, result)) = thread.unsent else {
-            return Ok(());
-        };
-        let data = match result {
-            Ok(len) => Ok(thread.scratch.get(..len).unwrap_or_default()),
-            Err(error) => Err(error),
-        };
-        let sent = current.unlocked(|| self.connection().reply(&header, data))?;
-        if sent == Err(EINTR) {
-            return Err(EINTR);
-        }
-        thread.unsent = None;
-        Ok(())
-    }
-
-    /// Sends an event, unless there is nobody to send it to. Fails only because of a signal.
-    fn raise(
-        &self,
-        thread: &mut ThreadState,
-        current: &CurrentVcpu,
-        event: Event,
-        specific: &[u8],
-    ) -> Result {
-        if self.connection().is_closed() || !self.session.policy().allows_event(event) {
-            return Ok(());
-        }
-        let len = vcpu_command::put_event(self, current, event, specific, &mut thread.scratch);
-        let Some(body) = thread.scratch.get(..len) else {
-            return Ok(());
-        };
-        // The reply may be there before the sending of the event returns.
-        let expect = |seq| {
-            self.inbox.lock().outstanding = Some(Outstanding {
-                seq,
-                event,
-                answer: None,
-                since: Instant::now(),
-            });
-        };
-        let sent = current.unlocked(|| self.connection().send_vcpu_event(body, expect))?;
-        match sent {
-            Ok(()) => {
-                self.session.counters().events.fetch_add(1, Relaxed);
-                Ok(())
-            }
-            Err(e) => {
-                self.inbox.lock().outstanding = None;
-                if e == EINTR {
-                    Err(e)
-                } else {
-                    Ok(())
-                }
-            }
-        }
-    }
-
-    /// Returns how long to wait for the reply to the event under way; 0 means for ever.
-    fn time_left_ns(&self) -> u64 {
-        let limit = self.session.event_timeout_ns();
-        let inbox = self.inbox.lock();
-        let gone = inbox.outstanding.as_ref().map(|o| o.since.elapsed());
-        let gone = gone.map_or(0, |gone| u64::try_from(gone.as_nanos()).unwrap_or_default());
-        match limit {
-            0 => 0,
-            limit => limit.saturating_sub(gone).max(1),
-        }
-    }
-
-    /// Finishes the event under way, and counts the time that takes.
-    fn finish_event(&self, thread: &mut ThreadState, current: &CurrentVcpu) -> Result<WorkDone> {
-        let begin = Instant::<Monotonic>::now();
-        let done = self.wait_for_answer(thread, current);
-        let held = u64::try_from(begin.elapsed().as_nanos()).unwrap_or_default();
-        self.session.counters().held_ns.fetch_add(held, Relaxed);
-        done
-    }
-
-    /// Waits for the reply to the event under way, serving commands meanwhile, and does what it
-    /// says. Without a tool the guest goes on.
-    fn wait_for_answer(&self, thread: &mut ThreadState, current: &CurrentVcpu) -> Result<WorkDone> {
-        let mut timeout_ns = self.time_left_ns();
-        loop {
-            match current.wait(|| self.inbox.lock().wakes(), timeout_ns)? {
-                Woken::Done => {}
-                Woken::Timeout => {
-                    // The receive thread notices, and lets go of all vCPUs.
-                    self.connection().close();
-                    timeout_ns = 0;
-                    continue;
-                }
-                Woken::Detaching => {
-                    self.inbox.lock().outstanding = None;
-                    thread.new_regs = None;
-                    return Ok(WorkDone::Enter);
-                }
-            }
-            if let Some(job) = self.take_job() {
-                self.run(thread, current, &job)?;
-                continue;
-            }
-            let mut inbox = self.inbox.lock();
-            let closed = inbox.closed;
-            let answer = inbox.outstanding.as_ref().and_then(|o| o.answer);
-            if closed || answer.is_some() {
-                inbox.outstanding = None;
-            }
-            drop(inbox);
-            if closed {
-                thread.new_regs = None;
-                return Ok(WorkDone::Enter);
-            }
-            match answer {
-                Some(Action::Crash) => {
-                    thread.new_regs = None;
-                    current.crash();
-                    return Ok(WorkDone::Leave);
-                }
-                Some(Action::Continue | Action::Retry) => {
-                    if let Some(regs) = thread.new_regs.take() {
-                        current.set_regs(&regs);
-                    }
-                    return Ok(WorkDone::Enter);
-                }
-                None => {}
-            }
-        }
+    /// Has a wait for the reply to an event take notice of a new limit.
+    pub(crate) fn look_at_the_clock(&self) {
+        self.inbox.lock().clock_changed = true;
+        self.remote.request();
     }
 }

@@ -34,6 +34,16 @@ config() { sed -n "s/^CONFIG_$1=//p" "$kdir/.config" | tr -d '"'; }
 	die "$kdir: rust/*.rmeta are missing" \
 		"a package of kernel headers lacks them: use the folder in which the kernel was built"
 
+build() { make -C "$kdir" M="$ROOT" MO="$ROOT/$out" "${KMAKE_FLAGS[@]}" "$target" "$@"; }
+
+if [ "$target" = modules_install ]; then
+	# Needs no compiler, and root's PATH may well have none.
+	[ -f "$out/kvmi_host.ko" ] || die "$out/kvmi_host.ko: not built" "make modules KDIR=$kdir"
+	KMAKE_FLAGS=()
+	step "$target from $out" "V=1 shows all" build
+	exit
+fi
+
 # The compilers of that kernel: Rust's metadata is of one exact version.
 if [ "$(config CC_IS_CLANG)" = y ]; then
 	major=$(($(config CLANG_VERSION) / 10000))
@@ -53,8 +63,6 @@ find_toolchain
 [ -n "$RUSTFMT" ] || die "no working rustfmt, through which bindgen writes" "'make setup', or pass RUSTFMT=/path/of/it"
 kernel_make_flags
 [ "$(config CC_IS_CLANG)" = y ] || KMAKE_FLAGS=("${KMAKE_FLAGS[@]:2}") # without LLVM and HOSTCC
-
-build() { make -C "$kdir" M="$ROOT" MO="$ROOT/$out" "${KMAKE_FLAGS[@]}" "$target" "$@"; }
 
 mkdir -p "$out"
 exec 9>"$CACHE/lock"

@@ -161,11 +161,6 @@ impl AttachedVm {
         vm.as_ref().map(|ptr| f(unsafe { Vm::from_raw(ptr.0) }))
     }
 
-    /// Returns the number of vCPUs that are online.
-    pub(crate) fn vcpu_count(&self) -> Result<u32, KvmiError> {
-        self.with(|vm| vm.info().vcpu_count).ok_or(KvmiError::NoEnt)
-    }
-
     /// Reads guest memory at `gpa`, inside one page. May sleep.
     pub(crate) fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), KvmiError> {
         self.access(buf.len(), |vm, len| {

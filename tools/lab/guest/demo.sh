@@ -62,6 +62,14 @@ show kvmictl find --pid $guest --max 4 'Linux version'
 where=$(kvmictl find --pid $guest --max 1 'Linux version')
 show kvmictl read --pid $guest "$where" 64 --format text
 
+caption "Stop its vCPUs, look at their registers, let them go on"
+show kvmictl regs --pid $guest
+show kvmictl pause --pid $guest --for 2
+before=$(ticks)
+wait_for 10 "^tick $((before + 2)):" || fail "the guest does not go on"
+tail -n 1 $console
+grep -q lockup $console && fail "the guest noticed: $(grep lockup $console)"
+
 caption "Rewrite the guest's file behind its back"
 # Not beyond the memory, where all up to the BIOS below 4 GiB is a hole.
 hits=$(show kvmictl find --pid $guest --to $memory 'kvmi-demo-marker: untouched') || fail "$hits"

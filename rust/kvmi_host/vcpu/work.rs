@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a vCPU's own thread does for the tool.
+
+use kernel::{
+    current,
+    prelude::*,
+    sync::atomic::Relaxed,
+    time::{
+        Instant,
+        Monotonic, //
+    }, //
+};
+use kvmi_abi::{
+    arch::Regs,
+    vcpu::TrapEvent,
+    vcpu_request::Action,
+    wire::{
+        Header,
+        MAX_MSG_SIZE, //
+    },
+    Event,
+    KvmiError,
+    VcpuRequest, //
+};
+use zerocopy::IntoBytes;
+
+use super::{
+    inbox::{
+        Job,
+        Outstanding, //
+    },
+    Vcpu, //
+};
+use crate::{
+    kvm::{
+        CurrentVcpu,
+        Woken, //
+        WorkDone,
+    },
+    vcpu_command, //
+};
+
+/// What only the vCPU's thread uses.
+pub(super) struct ThreadState {
+    /// Where the data of replies and the bodies of events are put together.
+    scratch: KVec<u8>,
+    /// A reply that could not be sent because of a signal; its data is the begin of `scratch`.
+    unsent: Option<(Header, Result<usize, KvmiError>)>,
+    /// A trap that was not sent yet.
+    trap: Option<TrapEvent>,
+    /// What SET_REGISTERS has left for the end of the event.
+    new_regs: Option<Regs>,
+}
+
+impl ThreadState {
+    /// Creates one of a vCPU that has done nothing yet.
+    pub(super) fn new() -> Result<Self> {
+        Ok(Self {
+            scratch: KVec::from_elem(0, MAX_MSG_SIZE, GFP_KERNEL)?,
+            unsent: None,
+            trap: None,
+            new_regs: None,
+        })
+    }
+}
+
+impl Vcpu {
+    /// Serves what there is: the event under way, then a trap, then commands, then pauses.
+    pub(crate) fn work(&self, current: &CurrentVcpu) -> Result<WorkDone> {
+        if !self.served.xchg(true, Relaxed) {
+            self.session.counters().vcpus_served.fetch_add(1, Relaxed);
+        }
+        let mut thread = self.thread.lock();
+        let thread = &mut *thread;
+        self.send_unsent(thread, current)?;
+        loop {
+            if self.is_in_event() {
+                if self.finish_event(thread, current)? == WorkDone::Leave {
+                    // What is left is for the next `KVM_RUN`, if there is one.
+                    self.remote.request();
+                    return Ok(WorkDone::Leave);
+                }
+                continue;
+            }
+            if thread.trap.is_none() {
+                thread.trap = current.trap();
+            }
+            if let Some(trap) = thread.trap {
+                self.raise(thread, current, Event::Trap, trap.as_bytes())?;
+                thread.trap = None;
+            } else if current!().signal_pending() {
+                // However much there is to do: the VMM wants its thread back.
+                return Err(EINTR);
+            } else if let Some(job) = self.take_job() {
+                self.run(thread, current, &job)?;
+            } else if self.take_pause() {
+                // The tool may ask for another one as soon as it has the event.
+                self.raise(thread, current, Event::Pause, &[])
+                    .inspect_err(|_| self.inbox.lock().pauses += 1)?;
+            } else {
+                return Ok(WorkDone::Enter);
+            }
+        }
+    }
+
+    fn take_job(&self) -> Option<Job> {
+        let mut inbox = self.inbox.lock();
+        if inbox.closed || inbox.jobs.is_empty() {
+            return None;
+        }
+        let job = inbox.jobs.remove(0).ok();
+        if let Some(outstanding) = &mut inbox.outstanding {
+            outstanding.jobs_before = outstanding.jobs_before.saturating_sub(1);
+        }
+        drop(inbox);
+        self.room.notify_one();
+        job
+    }
+
+    /// Takes a pause out of the count, if there is one.
+    fn take_pause(&self) -> bool {
+        let mut inbox = self.inbox.lock();
+        let pending = inbox.pauses > 0;
+        inbox.pauses = inbox.pauses.saturating_sub(1);
+        pending
+    }
+
+    /// Executes a command and sends the reply.
+    fn run(&self, thread: &mut ThreadState, current: &CurrentVcpu, job: &Job) -> Result {
+        let policy = self.session.policy();
+        let result = VcpuRequest::parse(job.command, &job.payload, &policy).and_then(|request| {
+            vcpu_command::execute(
+                self,
+                current,
+                request,
+                &mut thread.scratch,
+                &mut thread.new_regs,
+            )
+        });
+        thread.unsent = Some((job.header, result));
+        self.send_unsent(thread, current)
+    }
+
+    /// Sends the reply that is waiting, if any. Fails only because of a signal; a reply to nobody
+    /// is dropped.
+    fn send_unsent(&self, thread: &mut ThreadState, current: &CurrentVcpu) -> Result {
+        let Some((header, result)) = thread.unsent else {
+            return Ok(());
+        };
+        let data = match result {
+            Ok(len) => Ok(thread.scratch.get(..len).unwrap_or_default()),
+            Err(error) => Err(error),
+        };
+        let sent = current.unlocked(|| self.connection().reply(&header, data))?;
+        if sent == Err(EINTR) {
+            return Err(EINTR);
+        }
+        thread.unsent = None;
+        Ok(())
+    }
+
+    /// Sends an event, unless there is nobody to send it to. Fails only because of a signal.
+    fn raise(
+        &self,
+        thread: &mut ThreadState,
+        current: &CurrentVcpu,
+        event: Event,
+        specific: &[u8],
+    ) -> Result {
+        if self.connection().is_closed() || !self.session.policy().allows_event(event) {
+            return Ok(());
+        }
+        let len = vcpu_command::put_event(self, current, event, specific, &mut thread.scratch);
+        let Some(body) = thread.scratch.get(..len) else {
+            return Ok(());
+        };
+        // The reply may be there before the sending of the event returns.
+        let expect = |seq| {
+            self.inbox.lock().outstanding = Some(Outstanding {
+                seq,
+                event,
+                answer: None,
+                jobs_before: 0,
+                since: Instant::now(),
+            });
+        };
+        let sent = current.unlocked(|| self.connection().send_vcpu_event(body, expect))?;
+        match sent {
+            Ok(()) => {
+                self.session.counters().events.fetch_add(1, Relaxed);
+                Ok(())
+            }
+            Err(e) => {
+                self.inbox.lock().outstanding = None;
+                if e == EINTR {
+                    Err(e)
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    /// Returns how long to wait for the reply to the event under way; 0 means for ever.
+    fn time_left_ns(&self) -> u64 {
+        let limit = self.session.event_timeout_ns();
+        let inbox = self.inbox.lock();
+        let gone = inbox.outstanding.as_ref().map(|o| o.since.elapsed());
+        let gone = gone.map_or(0, |gone| u64::try_from(gone.as_nanos()).unwrap_or_default());
+        match limit {
+            0 => 0,
+            limit => limit.saturating_sub(gone).max(1),
+        }
+    }
+
+    /// Finishes the event under way, and counts the time that takes.
+    fn finish_event(&self, thread: &mut ThreadState, current: &CurrentVcpu) -> Result<WorkDone> {
+        let begin = Instant::<Monotonic>::now();
+        let done = self.wait_for_answer(thread, current);
+        let held = u64::try_from(begin.elapsed().as_nanos()).unwrap_or_default();
+        self.session.counters().held_ns.fetch_add(held, Relaxed);
+        done
+    }
+
+    /// Waits for the reply to the event under way, serving commands meanwhile, and does what it
+    /// says. Without a tool the guest goes on.
+    fn wait_for_answer(&self, thread: &mut ThreadState, current: &CurrentVcpu) -> Result<WorkDone> {
+        let mut timeout_ns = self.time_left_ns();
+        loop {
+            match current.wait(|| self.inbox.lock().wakes(), timeout_ns)? {
+                Woken::Done => {}
+                Woken::Timeout => {
+                    // The receive thread notices, and lets go of all vCPUs.
+                    self.connection().close();
+                    timeout_ns = 0;
+                    continue;
+                }
+                Woken::Detaching => {
+                    self.inbox.lock().outstanding = None;
+                    thread.new_regs = None;
+                    return Ok(WorkDone::Enter);
+                }
+            }
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let answered = self.inbox.lock().is_answered();
+            if !answered {
+                if let Some(job) = self.take_job() {
+                    self.run(thread, current, &job)?;
+                    continue;
+                }
+            }
+            let mut inbox = self.inbox.lock();
+            let changed = core::mem::take(&mut inbox.clock_changed);
+            let closed = inbox.closed;
+            let answer = inbox.outstanding.as_ref().and_then(|o| o.answer);
+            if closed || answer.is_some() {
+                inbox.outstanding = None;
+            }
+            drop(inbox);
+            if closed {
+                thread.new_regs = None;
+                return Ok(WorkDone::Enter);
+            }
+            match answer {
+                Some(Action::Crash) => {
+                    thread.new_regs = None;
+                    current.crash();
+                    return Ok(WorkDone::Leave);
+                }
+                Some(Action::Continue | Action::Retry) => {
+                    if let Some(regs) = thread.new_regs.take() {
+                        current.set_regs(&regs);
+                    }
+                    return Ok(WorkDone::Enter);
+                }
+                None if changed => timeout_ns = self.time_left_ns(),
+                None => {}
+            }
+        }
+    }
+}
