@@ -67,46 +67,9 @@ impl StreamSocket {
         u32::try_from(ty) == Ok(bindings::sock_type_SOCK_STREAM) && ret >= 0
     }
 
-    /// Receives exactly `buf.len()` bytes.
-    ///
-    /// Returns `false` if the stream ends before the first of them. Sleeps until they are there,
-    /// the socket is shut down or a signal arrives; fails with `EPIPE` if the stream ends in the
-    /// middle.
-    pub fn recv_exact(&self, buf: &mut [u8]) -> Result<bool> {
-        let mut msg = bindings::msghdr::default();
-        let mut done = 0;
-
-        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let len = rest.len();
-            let mut vec = bindings::kvec {
-                iov_base: rest.as_mut_ptr().cast(),
-                iov_len: len,
-            };
-            // SAFETY: `sock` is valid by the type invariant; `vec` describes memory that is
-            // exclusively ours for the duration of the call.
-            let ret = unsafe {
-                bindings::kernel_recvmsg(
-                    self.sock.as_ptr(),
-                    &mut msg,
-                    &mut vec,
-                    1,
-                    len,
-                    bindings::MSG_WAITALL as c_int,
-                )
-            };
-            match usize::try_from(ret) {
-                Ok(0) if done == 0 => return Ok(false),
-                Ok(0) => return Err(EPIPE),
-                Ok(n) => done += n,
-                Err(_) => return Err(Error::from_errno(ret)),
-            }
-        }
-        Ok(true)
-    }
-
-    /// Receives something into `buf`, without waiting; gives `false` if there is nothing. Ancillary
-    /// data is dropped.
-    pub fn recv_now(&self, buf: &mut [u8]) -> bool {
+    /// Receives into `buf` with these `MSG_*` flags; returns how much, 0 at the end of the stream.
+    /// Ancillary data is dropped.
+    fn recv(&self, buf: &mut [u8], flags: u32) -> Result<usize> {
         let mut msg = bindings::msghdr::default();
         let len = buf.len();
         let mut vec = bindings::kvec {
@@ -122,10 +85,33 @@ impl StreamSocket {
                 &mut vec,
                 1,
                 len,
-                bindings::MSG_DONTWAIT as c_int,
+                flags as c_int,
             )
         };
-        ret > 0
+        usize::try_from(ret).map_err(|_| Error::from_errno(ret))
+    }
+
+    /// Receives exactly `buf.len()` bytes.
+    ///
+    /// Returns `false` if the stream ends before the first of them. Sleeps until they are there,
+    /// the socket is shut down or a signal arrives; fails with `EPIPE` if the stream ends in the
+    /// middle.
+    pub fn recv_exact(&self, buf: &mut [u8]) -> Result<bool> {
+        let mut done = 0;
+
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.recv(rest, bindings::MSG_WAITALL)? {
+                0 if done == 0 => return Ok(false),
+                0 => return Err(EPIPE),
+                n => done += n,
+            }
+        }
+        Ok(true)
+    }
+
+    /// Receives something into `buf`, without waiting; gives `false` if there is nothing.
+    pub fn recv_now(&self, buf: &mut [u8]) -> bool {
+        self.recv(buf, bindings::MSG_DONTWAIT).is_ok_and(|n| n > 0)
     }
 
     /// Sends the concatenation of `parts`.
