@@ -80,7 +80,7 @@ selftests() {
 # Its output is KTAP itself and becomes a test with subtests.
 provider_test() {
 	# shellcheck disable=SC2086  # $scale is several words, or none
-	{ timeout -k 5 $((limit * 10)) "$BIN/kvmi_test" $scale 2>&1 </dev/null; echo $? >/tmp/status; } | sed 's/^/  /'
+	{ timeout -k 5 $((limit * 10)) "$BIN/kvmi_test" $scale 2>&1 </dev/null; echo $? >/tmp/status; } | sed -u 's/^/  /'
 	case $(cat /tmp/status) in
 	0) result ok kvmi_test ;;
 	4) result ok kvmi_test "SKIP" ;;

@@ -51,6 +51,11 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// The kernel's log so far.
+    pub fn log(&self) -> PathBuf {
+        self.dir.serial()
+    }
+
     /// Keeps the kernel's log as the given file.
     pub fn save_log(&self, log: &Path) -> Result<()> {
         fs::rename(self.dir.serial(), log)
