@@ -137,7 +137,7 @@ impl Host {
         qemu.arg("-kernel").arg(&self.kernel);
         qemu.arg("-append").arg(format!(
             "console=ttyS0 loglevel=7 printk.devkmsg=on panic=-1 oops=panic tsc=reliable \
-             kunit.enable=1 \
+             kunit.enable=1 kunit.autorun=1 \
              i8042.noaux i8042.nokbd root=machine rootfstype=9p ro \
              rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=262144 init={}/init",
             dir.0.path().display()
