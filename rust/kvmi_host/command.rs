@@ -33,11 +33,20 @@ impl Scratch {
 
     /// Puts `value` in and returns its bytes.
     fn put<T: IntoBytes + zerocopy::Immutable>(&mut self, value: &T) -> Result<&[u8], KvmiError> {
-        let bytes = value.as_bytes();
-        let slot = self.0.get_mut(..bytes.len()).ok_or(KvmiError::TooBig)?;
-        slot.copy_from_slice(bytes);
-        Ok(slot)
+        let len = put(&mut self.0, value)?;
+        Ok(self.0.get(..len).unwrap_or_default())
     }
+}
+
+/// Puts `value` to the begin of `buf` and returns its length.
+pub(crate) fn put<T: IntoBytes + zerocopy::Immutable>(
+    buf: &mut [u8],
+    value: &T,
+) -> Result<usize, KvmiError> {
+    let bytes = value.as_bytes();
+    let slot = buf.get_mut(..bytes.len()).ok_or(KvmiError::TooBig)?;
+    slot.copy_from_slice(bytes);
+    Ok(bytes.len())
 }
 
 /// Executes `request` and returns the data of the reply. May sleep.

@@ -28,9 +28,9 @@ use kvmi_abi::{
     KvmiError,
     VcpuRequest, //
 };
-use zerocopy::IntoBytes;
 
 use crate::{
+    command::put,
     kvm::CurrentVcpu,
     vcpu::Vcpu, //
 };
@@ -89,17 +89,6 @@ pub(crate) fn execute(
             },
         ),
     }
-}
-
-/// Puts `value` to the begin of `scratch` and returns its length.
-fn put<T: IntoBytes + zerocopy::Immutable>(
-    scratch: &mut [u8],
-    value: &T,
-) -> Result<usize, KvmiError> {
-    let bytes = value.as_bytes();
-    let slot = scratch.get_mut(..bytes.len()).ok_or(KvmiError::TooBig)?;
-    slot.copy_from_slice(bytes);
-    Ok(bytes.len())
 }
 
 fn get_registers(
