@@ -46,6 +46,7 @@ mod memory;
 mod paused;
 pub mod qemu;
 mod registers;
+pub mod symbols;
 pub mod tool;
 mod vcpu;
 mod virtual_memory;
