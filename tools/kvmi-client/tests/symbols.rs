@@ -121,6 +121,10 @@ impl Guest {
             host.0.read_exact(&mut payload).unwrap();
             let number = |at: usize| u64::from_ne_bytes(payload[at..at + 8].try_into().unwrap());
             match Command::from_id(header.id).unwrap() {
+                // The last vCPU is not started.
+                _ if header.id != Command::VmReadPhysical.id() && payload[0] == 2 => {
+                    host.fail(&header, KvmiError::Again);
+                }
                 Command::VcpuGetRegisters => host.succeed(&header, &self.registers()),
                 Command::VcpuTranslateGva => {
                     let gpa = self.translate(payload[0].into(), number(8));
@@ -183,7 +187,7 @@ impl Guest {
         let symbols = Symbols::parse(map.as_bytes()).unwrap();
         with_host(
             |host| self.serve(host),
-            |mut vm| symbols.locate(&mut vm, &[0, 1]),
+            |mut vm| symbols.locate(&mut vm, &[2, 0, 1]),
         )
     }
 

@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvmi_client::{Command as Kvmi, EventId, Uuid};
 
 use crate::{
+    address::Address,
     allow::{self, Allowed},
     number,
 };
@@ -105,6 +106,15 @@ pub struct Selector {
     pub vm_fd: Option<i32>,
 }
 
+/// Where the names of the guest's kernel come from.
+#[derive(Args, Clone, Debug, Default)]
+#[group(skip)]
+pub struct SymbolFile {
+    /// Symbols of the guest's Linux kernel: its System.map, or its /proc/kallsyms as root reads it.
+    #[arg(long = "symbols", value_name = "FILE", env = "KVMI_SYMBOLS")]
+    pub file: Option<PathBuf>,
+}
+
 /// Arguments of `info`.
 #[derive(Args, Debug)]
 pub struct Info {
@@ -135,9 +145,8 @@ pub enum Format {
 pub struct Read {
     #[command(flatten)]
     pub vm: Selector,
-    /// First guest physical address, such as 0x100000 or 1M.
-    #[arg(value_parser = number::parse)]
-    pub address: u64,
+    /// First guest physical address, such as 0x100000 or 1M; with --virtual also a symbol.
+    pub address: Address,
     /// Number of bytes, such as 64, 0x40 or 4K.
     #[arg(value_parser = number::parse)]
     pub len: u64,
@@ -147,6 +156,8 @@ pub struct Read {
     /// The vCPU whose virtual address it is.
     #[arg(long, value_name = "N", default_value = "0", requires = "is_virtual")]
     pub vcpu: u16,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
     /// How to print them.
     #[arg(long, value_enum, default_value_t = Format::Hex)]
     pub format: Format,

@@ -49,9 +49,12 @@ struct Report {
 pub fn run(arguments: &cli::Inject, output: &mut Output) -> Result<()> {
     let vcpu = arguments.vcpu;
     let code = arguments.error_code.into();
-    let requested = Exception::new(arguments.vector, code, arguments.address);
     let mut session = Session::open(&arguments.vm)?;
     session.check_vcpu(vcpu)?;
+    let address = arguments
+        .address
+        .resolve(&arguments.symbols, &mut session)?;
+    let requested = Exception::new(arguments.vector, code, address);
     let outcome = inject(&mut session.vm, vcpu, &requested)?;
     session.close()?;
     report(vcpu, &requested, outcome, output)

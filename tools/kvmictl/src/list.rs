@@ -5,7 +5,6 @@
 use std::fs;
 
 use anyhow::Result;
-use comfy_table::{presets::NOTHING, CellAlignment, Table};
 use kvmi_client::{
     abi::dev::{VmStatus, STATUS_HOOKED},
     attach::Target,
@@ -15,7 +14,10 @@ use kvmi_client::{
 };
 use serde::Serialize;
 
-use crate::output::{plain, size, Output};
+use crate::{
+    output::{plain, size, Output},
+    table::Table,
+};
 
 /// A VM, as it is printed.
 #[derive(Serialize)]
@@ -140,9 +142,8 @@ fn print(rows: &[Row], notes: &[String], output: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn table(rows: &[Row]) -> String {
-    let mut table = Table::new();
-    table.load_preset(NOTHING).set_header([
+fn table(rows: &[Row]) -> Table {
+    let mut table = Table::new(&[
         "PID",
         "FD",
         "VMM",
@@ -154,7 +155,7 @@ fn table(rows: &[Row]) -> String {
     ]);
     for row in rows {
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        table.add_row([
+        table.add([
             row.pid.to_string(),
             row.vm_fd.to_string(),
             plain(&row.vmm),
@@ -165,16 +166,7 @@ fn table(rows: &[Row]) -> String {
             row.hook(),
         ]);
     }
-    for numeric in [0, 1, 5, 6] {
-        if let Some(column) = table.column_mut(numeric) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    let lines: Vec<_> = table
-        .lines()
-        .map(|line| line.trim_end().to_owned())
-        .collect();
-    lines.join("\n")
+    table.align_right(&[0, 1, 5, 6])
 }
 
 #[cfg(test)]
@@ -203,7 +195,7 @@ mod tests {
         let row = Row::new(&vmm(), 9, None);
         assert_eq!((row.vcpus, row.memory_bytes), (2, Some(1 << 30)));
         assert_eq!(row.hook(), "?");
-        let table = table(&[row]);
+        let table = table(&[row]).to_string();
         assert_eq!(table.lines().count(), 2);
         assert!(
             table.contains("web?") && table.contains("1.00 GiB"),
@@ -228,6 +220,6 @@ mod tests {
 
     #[test]
     fn table_without_vms_has_a_header() {
-        assert!(table(&[]).starts_with(" PID"));
+        assert!(table(&[]).to_string().starts_with(" PID"));
     }
 }

@@ -2,6 +2,7 @@
 
 //! `kvmictl`: looks into running KVM guests.
 
+mod address;
 mod allow;
 mod attach;
 mod cli;
@@ -27,6 +28,8 @@ mod select;
 mod session;
 mod state;
 mod stats;
+mod symbols;
+mod table;
 mod top;
 mod translate;
 mod wait;

@@ -5,20 +5,29 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use kvmi_client::VcpuEvent;
 use serde_json::json;
 
-use crate::{cli::Pause, output::Output, session::Session, wait::End};
+use crate::{
+    cli::Pause,
+    output::{hex, Output},
+    session::Session,
+    symbols::Names,
+    wait::End,
+};
 
 /// Pauses a VM for a while.
 pub fn run(arguments: &Pause, output: &mut Output) -> Result<()> {
+    let symbols = Names::load(&arguments.symbols)?;
     let mut session = Session::open(&arguments.vm)?;
     let pid = session.pid();
     // From here on an interrupt ends the pause rather than the process.
     let waiter = session.watch()?;
     session.allow_pause(arguments.duration)?;
-    let paused = session.pause()?;
+    let mut paused = session.pause()?;
     let begun = Instant::now();
-    announce(pid, paused.vcpus().len(), paused.dormant(), output)?;
+    let names = Names::locate_paused(symbols, &mut paused)?;
+    announce(pid, paused.vcpus(), paused.dormant(), &names, output)?;
 
     let end = waiter.wait_as_tool(arguments.duration)?;
     let seconds = begun.elapsed().as_secs_f64();
@@ -33,20 +42,43 @@ pub fn run(arguments: &Pause, output: &mut Output) -> Result<()> {
     report(pid, end, seconds, output)
 }
 
-fn announce(pid: i32, vcpus: usize, dormant: &[u16], output: &mut Output) -> Result<()> {
+fn announce(
+    pid: i32,
+    vcpus: &[VcpuEvent],
+    dormant: &[u16],
+    names: &Names,
+    output: &mut Output,
+) -> Result<()> {
     if output.is_json() {
-        let state = json!({ "state": "paused", "pid": pid, "vcpus": vcpus, "dormant": dormant });
+        let mut state = json!({
+            "state": "paused",
+            "pid": pid,
+            "vcpus": vcpus.len(),
+            "dormant": dormant,
+        });
+        if names.are_known() {
+            let places = vcpus.iter().map(|vcpu| {
+                let rip = vcpu.arch.regs.rip;
+                json!({ "vcpu": vcpu.vcpu, "rip": hex(rip), "symbol": names.json(rip) })
+            });
+            state["places"] = places.collect();
+        }
         output.json(&state)?;
     } else {
-        let vcpus = match vcpus {
+        let count = match vcpus.len() {
             1 => "1 vCPU".to_owned(),
             vcpus => format!("{vcpus} vCPUs"),
         };
-        let mut line = format!("paused {vcpus} of the VM of process {pid}");
+        let mut line = format!("paused {count} of the VM of process {pid}");
         if !dormant.is_empty() {
             line += &format!("; {} not started yet", dormant.len());
         }
         output.line(line + "; interrupt to resume")?;
+        for vcpu in vcpus.iter().filter(|_| names.are_known()) {
+            let rip = vcpu.arch.regs.rip;
+            let place = names.text(rip).unwrap_or_else(|| "-".to_owned());
+            output.line(format_args!("vCPU {}: {rip:#x} {place}", vcpu.vcpu))?;
+        }
     }
     Ok(output.flush()?)
 }

@@ -4,7 +4,10 @@
 
 use std::{fmt, io};
 
-use kvmi_client::{AttachError, Command, Error, KvmiError};
+use kvmi_client::{
+    symbols::{LoadError, LocateError, LookupError},
+    AttachError, Command, Error, KvmiError,
+};
 use serde_json::json;
 
 /// An error of this program's own, with a hint.
@@ -73,7 +76,33 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
         if let Some(error) = cause.downcast_ref::<AttachError>() {
             return attach_hint(error);
         }
-        cause.downcast_ref::<Error>().and_then(connection_hint)
+        symbols_hint(cause).or(cause.downcast_ref::<Error>().and_then(connection_hint))
+    })
+}
+
+fn symbols_hint(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    if let Some(error) = error.downcast_ref::<LoadError>() {
+        return Some(match error {
+            LoadError::Hidden => "read it as root in the guest, with kernel.kptr_restrict below 2",
+            LoadError::Io(_) => return None,
+            _ => {
+                "give the System.map of the guest's kernel, or its /proc/kallsyms as root reads it"
+            }
+        });
+    }
+    if let Some(error) = error.downcast_ref::<LookupError>() {
+        return Some(match error {
+            LookupError::Ambiguous { .. } => "give the address that you mean",
+            _ => return None,
+        });
+    }
+    Some(match error.downcast_ref::<LocateError>()? {
+        LocateError::Connection(error) => return connection_hint(error),
+        LocateError::NotMapped => {
+            "try again, maybe several times, or while the guest has less to do"
+        }
+        LocateError::Incomplete(_) => "give the System.map of the guest's kernel",
+        _ => "give the System.map of the very build that the guest runs, or its own /proc/kallsyms",
     })
 }
 

@@ -9,10 +9,12 @@ use kvmi_client::{pages, Command, Connection, Error, KvmiError};
 use serde::Serialize;
 
 use crate::{
+    address::Address,
     cli::{Format, Read},
     hexdump::{printable, HexDump},
     memory::scan,
     output::{gpa, hex, Output},
+    problem::Problem,
     session::Session,
 };
 
@@ -30,17 +32,24 @@ struct Memory {
 
 /// Prints guest memory.
 pub fn run(arguments: &Read, output: &mut Output) -> Result<()> {
+    if let (Address::Symbol { .. }, false) = (&arguments.address, arguments.is_virtual) {
+        let what = "a symbol has a virtual address, and a physical one is to be read";
+        return Err(Problem::new(what, "add --virtual").into());
+    }
     let mut session = Session::open(&arguments.vm)?;
-    let mut printer = Printer::new(arguments, output);
+    let address = arguments
+        .address
+        .resolve(&arguments.symbols, &mut session)?;
+    let mut printer = Printer::new(arguments, address, output);
     if arguments.is_virtual {
         session.check_vcpu(arguments.vcpu)?;
         let mut paused = session.pause()?;
-        let bytes = read_virtual(&mut paused, arguments)?;
+        let bytes = read_virtual(&mut paused, arguments.vcpu, address, arguments.len)?;
         paused.resume()?;
         // Not before: whoever reads the output may take its time.
         printer.push(&bytes)?;
     } else {
-        scan(&mut session.vm, arguments.address, arguments.len, |page| {
+        scan(&mut session.vm, address, arguments.len, |page| {
             let piece = page
                 .bytes
                 .ok_or(Error::Kvmi(KvmiError::NoEnt, Command::VmReadPhysical));
@@ -55,11 +64,11 @@ pub fn run(arguments: &Read, output: &mut Output) -> Result<()> {
 }
 
 /// Reads memory at a virtual address.
-fn read_virtual<S: AsFd>(vm: &mut Connection<S>, arguments: &Read) -> Result<Vec<u8>> {
+fn read_virtual<S: AsFd>(vm: &mut Connection<S>, vcpu: u16, gva: u64, len: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    for piece in pages(arguments.address, arguments.len)? {
+    for piece in pages(gva, len)? {
         let mut page = vec![0; piece.len];
-        vm.read_virtual(arguments.vcpu, piece.gpa, &mut page)
+        vm.read_virtual(vcpu, piece.gpa, &mut page)
             .with_context(|| format!("cannot read guest memory at {}", hex(piece.gpa)))?;
         bytes.append(&mut page);
     }
@@ -69,17 +78,19 @@ fn read_virtual<S: AsFd>(vm: &mut Connection<S>, arguments: &Read) -> Result<Vec
 /// Prints memory as it is wanted.
 struct Printer<'a> {
     arguments: &'a Read,
+    address: u64,
     output: &'a mut Output,
     dump: HexDump,
     data: String,
 }
 
 impl<'a> Printer<'a> {
-    fn new(arguments: &'a Read, output: &'a mut Output) -> Self {
+    fn new(arguments: &'a Read, address: u64, output: &'a mut Output) -> Self {
         Self {
             arguments,
+            address,
             output,
-            dump: HexDump::new(arguments.address),
+            dump: HexDump::new(address),
             data: String::new(),
         }
     }
@@ -101,7 +112,7 @@ impl<'a> Printer<'a> {
     /// Ends the output.
     fn finish(self) -> Result<()> {
         if self.output.is_json() {
-            let address = hex(self.arguments.address);
+            let address = hex(self.address);
             let (gpa, gva) = match self.arguments.is_virtual {
                 true => (None, Some(address)),
                 false => (Some(address), None),
@@ -136,7 +147,7 @@ fn text(bytes: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{cli::Selector, memory::tests::with_script};
+    use crate::memory::tests::with_script;
     use kvmi_client::abi::wire::ReplyHead;
 
     #[test]
@@ -146,14 +157,6 @@ mod tests {
 
     /// Reads from a VM of whose virtual memory only the page at 0x7000 is mapped, to 0.
     fn read(address: u64, len: u64) -> Result<Vec<u8>> {
-        let arguments = Read {
-            vm: Selector::default(),
-            address,
-            len,
-            is_virtual: true,
-            vcpu: 1,
-            format: Format::Hex,
-        };
         let host = |header: &kvmi_client::abi::wire::Header, payload: &[u8]| {
             let data = if header.id == Command::VcpuTranslateGva.id() {
                 assert_eq!(payload[..8], [1, 0, 0, 0, 0, 0, 0, 0]);
@@ -168,7 +171,7 @@ mod tests {
             let head = ReplyHead::success(header, data.len()).unwrap();
             [head.as_bytes(), &data].concat()
         };
-        with_script(host, |vm| read_virtual(vm, &arguments))
+        with_script(host, |vm| read_virtual(vm, 1, address, len))
     }
 
     #[test]

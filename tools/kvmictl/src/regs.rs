@@ -2,15 +2,16 @@
 
 //! `kvmictl regs`
 
+mod sets;
+
 use std::{collections::BTreeMap, os::fd::AsFd};
 
 use anyhow::{Context as _, Result};
-use kvmi_client::{
-    abi::arch::{DescriptorTable, Regs, Segment, Sregs},
-    Paused, Registers,
-};
+use kvmi_client::{abi::arch::DescriptorTable, Paused, Registers};
 use serde::Serialize;
 use serde_json::{json, Value};
+
+use sets::{columns, control, general, segment_json, segment_line, segments, tables};
 
 use crate::{
     cli,
@@ -18,10 +19,8 @@ use crate::{
     output::{hex, Output},
     session::Session,
     state,
+    symbols::Names,
 };
-
-/// Registers on a line.
-const COLUMNS: usize = 3;
 
 /// The registers of a vCPU.
 struct Vcpu {
@@ -39,6 +38,7 @@ struct All {
 
 /// Prints the registers of vCPUs.
 pub fn run(arguments: &cli::Regs, output: &mut Output) -> Result<()> {
+    let symbols = Names::load(&arguments.symbols)?;
     let mut session = Session::open(&arguments.vm)?;
     if let Some(vcpu) = arguments.vcpu {
         session.check_vcpu(vcpu)?;
@@ -46,6 +46,7 @@ pub fn run(arguments: &cli::Regs, output: &mut Output) -> Result<()> {
     let msrs: Vec<u32> = arguments.msrs.iter().map(|msr| msr.0).collect();
     let mut paused = session.pause()?;
     let vcpus = read(&mut paused, arguments.vcpu, &msrs)?;
+    let names = Names::locate_paused(symbols, &mut paused)?;
     let dormant = match arguments.vcpu {
         Some(_) => Vec::new(),
         None => paused.dormant().to_vec(),
@@ -54,14 +55,14 @@ pub fn run(arguments: &cli::Regs, output: &mut Output) -> Result<()> {
     session.close()?;
 
     if output.is_json() {
-        let vcpus = vcpus.iter().map(Vcpu::json).collect();
+        let vcpus = vcpus.iter().map(|vcpu| vcpu.json(&names)).collect();
         return Ok(output.json(&All { vcpus, dormant })?);
     }
     for (at, vcpu) in vcpus.iter().enumerate() {
         if at > 0 {
             output.line("")?;
         }
-        for line in vcpu.lines() {
+        for line in vcpu.lines(&names) {
             output.line(line)?;
         }
     }
@@ -96,7 +97,7 @@ impl Vcpu {
         state::cpl(&self.registers.regs, &self.registers.sregs)
     }
 
-    fn json(&self) -> Value {
+    fn json(&self, names: &Names) -> Value {
         let Registers {
             regs, sregs, msrs, ..
         } = &self.registers;
@@ -115,7 +116,7 @@ impl Vcpu {
             .iter()
             .map(|(index, value)| (Msr(*index).name(), hex(*value)))
             .collect();
-        json!({
+        let mut json = json!({
             "vcpu": self.index,
             "mode": self.mode(),
             "cpl": self.cpl(),
@@ -124,17 +125,22 @@ impl Vcpu {
             "segments": segments,
             "tables": tables,
             "msrs": msrs,
-        })
+        });
+        if names.are_known() {
+            json["symbol"] = json!(names.json(regs.rip));
+        }
+        json
     }
 
     /// For people.
-    fn lines(&self) -> Vec<String> {
+    fn lines(&self, names: &Names) -> Vec<String> {
         let Registers {
             regs, sregs, msrs, ..
         } = &self.registers;
         let (index, mode, cpl) = (self.index, self.mode(), self.cpl());
         let mut lines = vec![format!("vCPU {index}: {mode}, CPL {cpl}")];
         lines.extend(columns(&general(regs)));
+        lines.extend(names.text(regs.rip).map(|place| format!("at      {place}")));
         lines.push(format!("flags   {}", state::flags(regs.rflags)));
         lines.extend(columns(&control(sregs)));
         lines.extend(segments(sregs).into_iter().map(segment_line));
@@ -150,125 +156,18 @@ impl Vcpu {
     }
 }
 
-/// Names and values, several on a line.
-fn columns(registers: &[(&str, u64)]) -> Vec<String> {
-    registers
-        .chunks(COLUMNS)
-        .map(|line| {
-            let line: Vec<_> = line
-                .iter()
-                .map(|(name, value)| format!("{name:<8}{value:016x}"))
-                .collect();
-            line.join("  ")
-        })
-        .collect()
-}
-
-fn general(r: &Regs) -> [(&'static str, u64); 18] {
-    [
-        ("rax", r.rax),
-        ("rbx", r.rbx),
-        ("rcx", r.rcx),
-        ("rdx", r.rdx),
-        ("rsi", r.rsi),
-        ("rdi", r.rdi),
-        ("rsp", r.rsp),
-        ("rbp", r.rbp),
-        ("r8", r.r8),
-        ("r9", r.r9),
-        ("r10", r.r10),
-        ("r11", r.r11),
-        ("r12", r.r12),
-        ("r13", r.r13),
-        ("r14", r.r14),
-        ("r15", r.r15),
-        ("rip", r.rip),
-        ("rflags", r.rflags),
-    ]
-}
-
-fn control(s: &Sregs) -> [(&'static str, u64); 7] {
-    [
-        ("cr0", s.cr0),
-        ("cr2", s.cr2),
-        ("cr3", s.cr3),
-        ("cr4", s.cr4),
-        ("cr8", s.cr8),
-        ("efer", s.efer),
-        ("apic", s.apic_base),
-    ]
-}
-
-fn segments(s: &Sregs) -> [(&'static str, Segment); 8] {
-    [
-        ("cs", s.cs),
-        ("ds", s.ds),
-        ("es", s.es),
-        ("fs", s.fs),
-        ("gs", s.gs),
-        ("ss", s.ss),
-        ("tr", s.tr),
-        ("ldt", s.ldt),
-    ]
-}
-
-fn tables(s: &Sregs) -> [(&'static str, DescriptorTable); 2] {
-    [("gdt", s.gdt), ("idt", s.idt)]
-}
-
-fn segment_json((name, s): (&'static str, Segment)) -> (&'static str, Value) {
-    let value = json!({
-        "selector": hex(s.selector),
-        "base": hex(s.base),
-        "limit": hex(s.limit),
-        "type": s.type_,
-        "dpl": s.dpl,
-        "present": s.present != 0,
-        "system": s.s == 0,
-        "long": s.l != 0,
-        "db": s.db != 0,
-        "granularity": s.g != 0,
-        "avl": s.avl != 0,
-        "unusable": s.unusable != 0,
-    });
-    (name, value)
-}
-
-fn segment_line((name, s): (&'static str, Segment)) -> String {
-    let Segment {
-        selector,
-        base,
-        limit,
-        type_,
-        dpl,
-        ..
-    } = s;
-    let flags: Vec<_> = [
-        (s.present, "P"),
-        (s.s, "S"),
-        (s.l, "L"),
-        (s.db, "DB"),
-        (s.g, "G"),
-        (s.avl, "AVL"),
-        (s.unusable, "unusable"),
-    ]
-    .iter()
-    .filter(|(set, _)| *set != 0)
-    .map(|(_, name)| *name)
-    .collect();
-    let flags = flags.join(" ");
-    let line = format!(
-        "{name:<8}{selector:04x} base {base:016x}  limit {limit:08x}  type {type_:x}  dpl {dpl}  {flags}"
-    );
-    line.trim_end().to_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::tests::{vcpu_event, with_script};
+    use crate::{
+        memory::tests::{vcpu_event, with_script},
+        symbols::tests::with_names,
+    };
     use kvmi_client::{
-        abi::wire::{Header, ReplyHead},
+        abi::{
+            arch::{Regs, Segment, Sregs},
+            wire::{Header, ReplyHead},
+        },
         KvmiError,
     };
     use std::time::Duration;
@@ -309,7 +208,7 @@ mod tests {
 
     #[test]
     fn lines_are_columns() {
-        let lines = vcpu().lines();
+        let lines = vcpu().lines(&Names::none());
         assert_eq!(lines[0], "vCPU 1: 64-bit, CPL 3");
         assert_eq!(
             lines[1],
@@ -366,7 +265,7 @@ mod tests {
 
     #[test]
     fn json_has_everything_by_name() {
-        let json = vcpu().json();
+        let json = vcpu().json(&Names::none());
         assert_eq!(json["regs"]["rip"], "0xffffffff81000000");
         assert_eq!(json["control"]["cr0"], "0x80000001");
         assert_eq!(json["segments"]["cs"]["long"], true);
@@ -374,5 +273,24 @@ mod tests {
         assert_eq!(json["msrs"]["LSTAR"], "0x5");
         assert_eq!(json["msrs"]["0x1234"], "0x6");
         assert_eq!((&json["mode"], &json["cpl"]), (&json!("64-bit"), &json!(3)));
+        assert!(json.get("symbol").is_none());
+    }
+
+    #[test]
+    fn place_of_the_code_has_its_name_if_that_is_known() {
+        with_names(|names| {
+            let mut vcpu = vcpu();
+            assert_eq!(vcpu.lines(names).len(), 23);
+            assert_eq!(vcpu.json(names)["symbol"], Value::Null);
+            vcpu.registers.regs.rip = 0xffff_ffff_8120_0104;
+            assert_eq!(vcpu.lines(names)[7], "at      schedule+0x4/0x100");
+            let expected = json!({
+                "symbol": "schedule",
+                "offset": "0x4",
+                "size": "0x100",
+                "module": null,
+            });
+            assert_eq!(vcpu.json(names)["symbol"], expected);
+        });
     }
 }

@@ -88,6 +88,12 @@ impl Session {
         check_vcpu(vcpu, self.status.vcpu_count)
     }
 
+    /// All vCPUs that the VM had when it was hooked.
+    pub fn vcpus(&self) -> Vec<u16> {
+        // Indices have 16 bits.
+        (0..u16::try_from(self.status.vcpu_count).unwrap_or(u16::MAX)).collect()
+    }
+
     /// Unhooks the VM.
     pub fn close(self) -> Result<()> {
         drop(self.vm);

@@ -5,7 +5,6 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use comfy_table::{presets::NOTHING, CellAlignment, Table};
 use kvmi_client::VcpuEvent;
 use serde::Serialize;
 
@@ -14,6 +13,8 @@ use crate::{
     output::{hex, Output},
     session::Session,
     state,
+    symbols::{Names, Printed},
+    table::Table,
     wait::End,
 };
 
@@ -29,6 +30,12 @@ struct Row {
     rip: String,
     rsp: String,
     cr3: String,
+    /// What rip is, if the symbols of the kernel are known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    symbol: Option<Option<Printed>>,
+    /// The same for people.
+    #[serde(skip)]
+    place: Option<String>,
 }
 
 /// One look at the vCPUs.
@@ -46,13 +53,19 @@ struct Sample {
 
 /// Shows what the vCPUs are doing, again and again.
 pub fn run(arguments: &Top, output: &mut Output) -> Result<()> {
+    let mut symbols = Names::load(&arguments.symbols)?;
+    let mut names = Names::none();
     let mut session = Session::open(&arguments.vm)?;
     let waiter = session.watch()?;
     let begun = Instant::now();
     let mut end = End::Timeout;
     let last = arguments.count.unwrap_or(u64::MAX);
     for number in 1..=last {
-        match look(&mut session, number, begun) {
+        if symbols.is_some() {
+            // Paused, the guest cannot end or leave its kernel in the meantime.
+            names = Names::locate_paused(symbols.take(), &mut session.pause()?)?;
+        }
+        match look(&mut session, number, begun, &names) {
             Ok(sample) => sample.print(output)?,
             Err(_) if waiter.vmm_has_ended()? => {
                 end = End::VmEnded;
@@ -78,14 +91,18 @@ pub fn run(arguments: &Top, output: &mut Output) -> Result<()> {
 }
 
 /// Pauses the vCPUs for a moment.
-fn look(session: &mut Session, number: u64, begun: Instant) -> Result<Sample> {
+fn look(session: &mut Session, number: u64, begun: Instant, names: &Names) -> Result<Sample> {
     let pid = session.pid();
     let paused = session.pause()?;
     let sample = Sample {
         pid,
         sample: number,
         seconds: begun.elapsed().as_secs_f64(),
-        vcpus: paused.vcpus().iter().map(Row::of).collect(),
+        vcpus: paused
+            .vcpus()
+            .iter()
+            .map(|event| Row::of(event, names))
+            .collect(),
         dormant: paused.dormant().to_vec(),
     };
     paused.resume()?;
@@ -93,7 +110,7 @@ fn look(session: &mut Session, number: u64, begun: Instant) -> Result<Sample> {
 }
 
 impl Row {
-    fn of(event: &VcpuEvent) -> Self {
+    fn of(event: &VcpuEvent, names: &Names) -> Self {
         let arch = &event.arch;
         Self {
             vcpu: event.vcpu,
@@ -102,6 +119,8 @@ impl Row {
             rip: hex(arch.regs.rip),
             rsp: hex(arch.regs.rsp),
             cr3: hex(arch.sregs.cr3),
+            symbol: names.are_known().then(|| names.json(arch.regs.rip)),
+            place: names.text(arch.regs.rip),
         }
     }
 }
@@ -118,43 +137,34 @@ impl Sample {
     }
 
     fn text(&self) -> String {
-        let mut table = Table::new();
-        let header = ["VCPU", "MODE", "CPL", "RIP", "RSP", "CR3"];
-        table.load_preset(NOTHING).set_header(header);
+        // A place is there, or not, for all of them.
+        let known = self.vcpus.iter().any(|row| row.symbol.is_some());
+        let columns = ["VCPU", "MODE", "CPL", "RIP", "RSP", "CR3", "AT"];
+        let columns = if known { &columns[..] } else { &columns[..6] };
+        let mut table = Table::new(columns);
         for row in &self.vcpus {
-            let Row { rip, rsp, cr3, .. } = row;
-            table.add_row([
-                &row.vcpu.to_string(),
-                row.mode,
-                &row.cpl.to_string(),
-                rip,
-                rsp,
-                cr3,
-            ]);
+            let (vcpu, cpl) = (row.vcpu.to_string(), row.cpl.to_string());
+            let [rip, rsp, cr3] = [&row.rip, &row.rsp, &row.cr3].map(Clone::clone);
+            let place = known.then(|| row.place.clone().unwrap_or_else(|| "-".to_owned()));
+            let row = [vcpu, row.mode.to_owned(), cpl, rip, rsp, cr3];
+            table.add(row.into_iter().chain(place));
         }
         for vcpu in &self.dormant {
-            table.add_row([&vcpu.to_string(), "off", "-", "-", "-", "-"]);
+            let rest = columns.iter().skip(2).map(|_| "-".to_owned());
+            table.add([vcpu.to_string(), "off".to_owned()].into_iter().chain(rest));
         }
-        for numeric in [0, 2, 3, 4, 5] {
-            if let Some(column) = table.column_mut(numeric) {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
-        }
-        let mut text = format!("process {}, {:.1} s\n", self.pid, self.seconds);
-        for line in table.lines() {
-            text += line.trim_end();
-            text.push('\n');
-        }
-        text
+        let table = table.align_right(&[0, 2, 3, 4, 5]);
+        format!("process {}, {:.1} s\n{table}\n", self.pid, self.seconds)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::symbols::tests::with_names;
     use kvmi_client::{abi::arch::VcpuEventArch, VcpuEventKind};
 
-    fn sample() -> Sample {
+    fn sample(names: &Names) -> Sample {
         let mut arch = VcpuEventArch {
             mode: 8,
             ..Default::default()
@@ -171,14 +181,14 @@ mod tests {
             pid: 42,
             sample: 1,
             seconds: 0.25,
-            vcpus: vec![Row::of(&event)],
+            vcpus: vec![Row::of(&event, names)],
             dormant: vec![1],
         }
     }
 
     #[test]
     fn text_is_a_table() {
-        let text = sample().text();
+        let text = sample(&Names::none()).text();
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines.len(), 4);
         assert_eq!(lines[0], "process 42, 0.2 s");
@@ -186,13 +196,28 @@ mod tests {
             assert!(lines[2].contains(part), "{text}");
         }
         assert!(lines[3].contains("off"), "{text}");
+        assert!(!lines[1].contains("AT"), "{text}");
+    }
+
+    #[test]
+    fn places_have_a_column_if_symbols_are_known() {
+        with_names(|names| {
+            let sample = sample(names);
+            let text = sample.text();
+            let lines: Vec<_> = text.lines().collect();
+            assert!(lines[1].ends_with("  AT"), "{text}");
+            assert!(lines[2].ends_with("  -"), "{text}");
+            let json = serde_json::to_value(sample).unwrap();
+            assert!(json["vcpus"][0]["symbol"].is_null());
+        });
     }
 
     #[test]
     fn json_is_one_object() {
-        let json = serde_json::to_value(sample()).unwrap();
+        let json = serde_json::to_value(sample(&Names::none())).unwrap();
         assert_eq!(json["vcpus"][0]["rip"], "0xffffffff81000000");
         assert_eq!(json["vcpus"][0]["cpl"], 0);
         assert_eq!(json["dormant"][0], 1);
+        assert!(json["vcpus"][0].get("symbol").is_none());
     }
 }

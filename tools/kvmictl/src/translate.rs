@@ -14,9 +14,10 @@ use crate::{
 
 /// Translates a guest virtual address.
 pub fn run(arguments: &Translate, output: &mut Output) -> Result<()> {
-    let Translate { vcpu, gva, .. } = *arguments;
+    let vcpu = arguments.vcpu;
     let mut session = Session::open(&arguments.vm)?;
     session.check_vcpu(vcpu)?;
+    let gva = arguments.gva.resolve(&arguments.symbols, &mut session)?;
     let found = session.vm.translate_gva(vcpu, gva)?;
     session.close()?;
 

@@ -4,6 +4,8 @@
 
 use std::{ops::Range, os::fd::AsFd};
 
+use kvmi_abi::KvmiError;
+
 use super::{
     exports::{disagreement, Export},
     memory::Memory,
@@ -138,10 +140,12 @@ impl Landmarks {
     fn offsets<S: AsFd>(&self, vm: &mut Connection<S>, vcpus: &[u16]) -> Result<Vec<u64>> {
         let mut offsets = Vec::new();
         for vcpu in vcpus {
-            let registers = vm.get_registers(*vcpu, &[MSR_LSTAR])?;
-            if registers.sregs.efer & LONG_MODE == 0 {
-                continue;
-            }
+            let registers = match vm.get_registers(*vcpu, &[MSR_LSTAR]) {
+                Ok(registers) if registers.sregs.efer & LONG_MODE != 0 => registers,
+                // Not in the kernel yet, or not started at all.
+                Ok(_) | Err(Error::Kvmi(KvmiError::Again, _)) => continue,
+                Err(error) => return Err(error),
+            };
             let syscall = registers.msrs.first().map(|(_, address)| *address);
             offsets.extend(moved(syscall, self.syscall));
             let gate = registers.sregs.idt.base.wrapping_add(FAULT_GATE);

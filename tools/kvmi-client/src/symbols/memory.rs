@@ -39,7 +39,9 @@ impl<'a, S: AsFd> Memory<'a, S> {
             let mut page = vec![0; usize::try_from(PAGE_SIZE).unwrap_or(0)];
             let page = match self.vm.read_virtual(self.vcpu, start, &mut page) {
                 Ok(()) => Some(page),
-                Err(Error::Unmapped(_) | Error::Kvmi(KvmiError::NoEnt, _)) => None,
+                Err(Error::Unmapped(_) | Error::Kvmi(KvmiError::NoEnt | KvmiError::Again, _)) => {
+                    None
+                }
                 Err(error) => return Err(error),
             };
             self.pages.insert(start, page);

@@ -32,6 +32,7 @@ fn every_command_is_understood() {
         "kvmictl read --pid 7 0x1000 4K --format raw",
         "kvmictl read --virtual 0xffffffff81000000 64",
         "kvmictl read --virtual --vcpu 1 0xffffffff81000000 64 --name web",
+        "kvmictl read --virtual linux_banner 64 --symbols System.map",
         "kvmictl write 1M --hex 90:90",
         "kvmictl write 1M --text hello",
         "kvmictl write 1M --file -",
@@ -44,6 +45,7 @@ fn every_command_is_understood() {
         "kvmictl regs --vcpu 1 --msr lstar,0x10 --msr IA32_EFER",
         "kvmictl cpuid 7.1 --vcpu 3",
         "kvmictl translate 0xffffffff81000000",
+        "kvmictl translate schedule+0x10 --symbols System.map",
         "kvmictl inject 14 --error-code 2 --address 0x1000",
         "kvmictl inject #UD --vcpu 1",
         "kvmictl top --interval 0.1 --count 3 --json",
@@ -69,6 +71,8 @@ fn wrong_use_is_refused() {
     }
     for line in [
         "kvmictl read 0 1Q",
+        "kvmictl translate 0xg",
+        "kvmictl translate schedule+x",
         "kvmictl write 0 --hex 9",
         "kvmictl write 0 --hex=",
         "kvmictl info --uuid x",

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::Selector;
+use super::{Selector, SymbolFile};
 use crate::{
+    address::Address,
     cpuid::Leaf,
     exception::{self, Vector},
     msr::{self, Msr},
@@ -22,6 +23,8 @@ pub struct Pause {
     /// For how long, in seconds; by default until an interrupt.
     #[arg(long = "for", value_name = "SECONDS", value_parser = number::parse_seconds)]
     pub duration: Option<Duration>,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
 }
 
 /// Arguments of `regs`.
@@ -40,6 +43,8 @@ pub struct Regs {
         value_parser = msr::parse
     )]
     pub msrs: Vec<Msr>,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
 }
 
 /// Arguments of `cpuid`.
@@ -63,9 +68,10 @@ pub struct Translate {
     /// The vCPU whose virtual address it is.
     #[arg(long, value_name = "N", default_value = "0")]
     pub vcpu: u16,
-    /// Guest virtual address.
-    #[arg(value_parser = number::parse)]
-    pub gva: u64,
+    /// Guest virtual address: a number, a symbol such as init_task, or SYMBOL+0x10.
+    pub gva: Address,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
 }
 
 /// Arguments of `inject`.
@@ -82,9 +88,11 @@ pub struct Inject {
     /// Error code, for exceptions that have one.
     #[arg(long, value_name = "E", default_value = "0", value_parser = number::parse_u16)]
     pub error_code: u16,
-    /// Address of a page fault.
-    #[arg(long, value_name = "GVA", default_value = "0", value_parser = number::parse)]
-    pub address: u64,
+    /// Address of a page fault: a number, a symbol, or SYMBOL+0x10.
+    #[arg(long, value_name = "GVA", default_value = "0")]
+    pub address: Address,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
 }
 
 /// Arguments of `top`.
@@ -98,4 +106,6 @@ pub struct Top {
     /// Stop after so many looks; by default at an interrupt.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
 }
