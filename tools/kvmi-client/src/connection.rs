@@ -15,10 +15,11 @@ use rustix::net::{shutdown, Shutdown};
 use zerocopy::IntoBytes as _;
 
 use crate::{
-    decoder::{Decoder, Message},
+    decoder::Message,
     error::{Error, ProtocolError, Result},
     event::{Event, VcpuEvent},
-    io::{recv_now, recv_some, send_all, Deadline},
+    io::Deadline,
+    link::Link,
 };
 
 /// How long a command may take unless told otherwise.
@@ -26,38 +27,33 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Events that are kept for [`Connection::next_event`]; a well-behaved host has at most one per
 /// vCPU, and one of the VM, under way.
-const MAX_WAITING_EVENTS: usize = 4096;
-
-/// Bytes that are received at once.
-const INCOMING: usize = 64 * 1024;
+pub(crate) const MAX_WAITING_EVENTS: usize = 4096;
 
 /// A tool's end of the socket, after the handshake if there was one.
 ///
 /// `S` is a connected stream socket: a `UnixStream`, a vsock stream or any file descriptor of one.
 #[derive(Debug)]
-pub struct Connection<S> {
-    stream: S,
-    decoder: Decoder,
+pub struct Connection<S: AsFd> {
+    pub(crate) link: Link<S>,
     events: VecDeque<Event>,
-    seq: u32,
     timeout: Option<Duration>,
     usable: bool,
     outgoing: Vec<u8>,
-    incoming: Vec<u8>,
 }
 
 impl<S: AsFd> Connection<S> {
     /// Takes over a connected socket.
     pub fn new(stream: S) -> Self {
+        Self::on(Link::own(stream))
+    }
+
+    pub(crate) fn on(link: Link<S>) -> Self {
         Self {
-            stream,
-            decoder: Decoder::default(),
+            link,
             events: VecDeque::new(),
-            seq: 0,
             timeout: Some(DEFAULT_TIMEOUT),
             usable: true,
             outgoing: Vec::new(),
-            incoming: vec![0; INCOMING],
         }
     }
 
@@ -69,7 +65,7 @@ impl<S: AsFd> Connection<S> {
 
     /// The socket.
     pub fn stream(&self) -> &S {
-        &self.stream
+        self.link.stream()
     }
 
     /// Gives a command whose request consists of `parts`, and returns the data of the reply.
@@ -120,11 +116,10 @@ impl<S: AsFd> Connection<S> {
     pub(crate) fn queue(&mut self, command: Command, parts: &[&[u8]]) -> Result<Header> {
         let len = parts.iter().map(|part| part.len()).sum();
         let size = message_size(len)?;
-        self.seq = self.seq.wrapping_add(1);
         let header = Header {
             id: command.id(),
             size,
-            seq: self.seq,
+            seq: self.link.number(),
         };
         self.append(&header, parts);
         Ok(header)
@@ -226,7 +221,7 @@ impl<S: AsFd> Connection<S> {
     pub fn hang_up(&mut self) {
         self.usable = false;
         // It fails if the other side has hung up, which is just as well.
-        let _ = shutdown(&self.stream, Shutdown::Both);
+        let _ = shutdown(self.stream(), Shutdown::Both);
     }
 
     /// Returns the next event if there is one already.
@@ -234,15 +229,8 @@ impl<S: AsFd> Connection<S> {
         if let Some(event) = self.events.pop_front() {
             return Ok(Some(event));
         }
-        loop {
-            if let Some(message) = self.decoder.next_message()? {
-                return self.event_only(&message).map(Some);
-            }
-            match recv_now(&self.stream, &mut self.incoming)? {
-                None => return Ok(None),
-                Some(received) => self.received(received)?,
-            }
-        }
+        let message = self.link.try_receive()?;
+        message.map(|message| self.event_only(&message)).transpose()
     }
 
     fn event_only(&mut self, message: &Message) -> Result<Event> {
@@ -282,34 +270,13 @@ impl<S: AsFd> Connection<S> {
     /// Sends what is to be sent, as one piece.
     pub(crate) fn flush(&mut self) -> Result<()> {
         let deadline = Deadline::after(self.timeout);
-        let sent = send_all(&self.stream, &self.outgoing, deadline);
+        let sent = self.link.send(&self.outgoing, deadline);
         self.outgoing.clear();
         sent
     }
 
-    /// Receives a message. What has arrived of an incomplete one survives a time-out.
     fn receive(&mut self, deadline: Deadline) -> Result<Message> {
-        loop {
-            if let Some(message) = self.decoder.next_message()? {
-                return Ok(message);
-            }
-            let received = recv_some(&self.stream, &mut self.incoming, deadline)?;
-            self.received(received)?;
-        }
-    }
-
-    /// Takes `len` bytes as received.
-    fn received(&mut self, len: usize) -> Result<()> {
-        if len == 0 {
-            return Err(if self.decoder.is_inside_message() {
-                ProtocolError::EndInsideMessage.into()
-            } else {
-                Error::Closed
-            });
-        }
-        self.decoder
-            .feed(self.incoming.get(..len).unwrap_or_default());
-        Ok(())
+        self.link.receive(deadline)
     }
 }
 

@@ -28,8 +28,13 @@ impl Deadline {
         Self(timeout.and_then(|t| Instant::now().checked_add(t)))
     }
 
+    /// How much time is left, if it is limited.
+    pub(crate) fn left(self) -> Option<Duration> {
+        Some(self.0?.saturating_duration_since(Instant::now()))
+    }
+
     fn remaining(self) -> Option<Timespec> {
-        let left = self.0?.saturating_duration_since(Instant::now());
+        let left = self.left()?;
         Some(Timespec {
             tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
             tv_nsec: left.subsec_nanos().into(),

@@ -23,6 +23,8 @@
 //! # }
 //! ```
 //!
+//! A connection is for one thread; [`Connection::share`] makes more of it.
+//!
 //! Commands of a vCPU take its index, from 0 on. [`Connection::pause_all`] stops all vCPUs for as
 //! long as what it returns lives.
 //!
@@ -41,7 +43,9 @@ pub mod device;
 pub mod discover;
 mod error;
 mod event;
+mod hub;
 mod io;
+mod link;
 mod memory;
 mod paused;
 pub mod qemu;
@@ -58,6 +62,7 @@ pub use cookie::Cookie;
 pub use decoder::{Decoder, Message};
 pub use error::{Error, ProtocolError, Result};
 pub use event::{Event, VcpuEvent, VcpuEventKind};
+pub use hub::Hub;
 pub use kvmi_abi as abi;
 pub use kvmi_abi::vcpu_request::Action;
 pub use kvmi_abi::{Command, Event as EventId, KvmiError};
