@@ -3,6 +3,7 @@
 # Everything is driven from here; Kbuild describes the kernel module itself.
 
 FLAVOUR ?= lab
+SECONDS ?= 60
 KDIR ?= /lib/modules/$(shell uname -r)/build
 export V FLAVOUR KDIR KERNEL_SRC KERNEL_TARBALL KVMI_CACHE
 
@@ -10,13 +11,14 @@ B := tools/build
 LAB := tools/target/x86_64-unknown-linux-gnu/release/lab
 
 .NOTPARALLEL:
-.PHONY: help setup kernel lab-modules selftests tools guest demo test lab check \
+.PHONY: help setup kernel lab-modules selftests tools guest demo test stress lab check \
 	modules modules_install clean distclean
 
 help:
 	@echo 'For a first look and for tests, on any machine (installs what it lacks):'
 	@echo '  make demo               look into a running guest from outside'
 	@echo '  make test               all tests in an emulated host [FLAVOUR=lab|debug]'
+	@echo '  make stress             everything at once, for long  [FLAVOUR=lab|debug] [SECONDS=60]'
 	@echo '  make lab                a shell in the emulated host  [FLAVOUR=lab|debug]'
 	@echo '  make check              formatting, lints, unit tests'
 	@echo
@@ -59,6 +61,10 @@ demo: lab-modules tools guest
 test: lab-modules selftests tools guest
 	@$(LAB) run --flavour $(FLAVOUR) --name test --ktap --timeout 3000 -- \
 		sh tools/lab/guest/test.sh $(FLAVOUR)
+
+stress: lab-modules tools
+	@$(LAB) run --flavour $(FLAVOUR) --name stress --timeout $$((2 * $(SECONDS) + 600)) -- \
+		sh tools/lab/guest/stress.sh $(FLAVOUR) $(SECONDS)
 
 lab: lab-modules tools guest
 	@$(LAB) shell --flavour $(FLAVOUR)

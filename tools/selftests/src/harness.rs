@@ -42,6 +42,8 @@ pub struct Options {
     pub rounds_scale: f64,
     /// Factor on the time limits.
     pub timeout_scale: f64,
+    /// For how long to do everything at once, and nothing else.
+    pub stress: Option<Duration>,
     /// Leave out destructive tests.
     pub skip_destructive: bool,
     /// Run the tests that need the module to be absent, and only those.
@@ -56,6 +58,7 @@ impl Default for Options {
             seed: now.map_or(1, |since| u64::from(since.subsec_nanos()) ^ since.as_secs()),
             rounds_scale: 1.0,
             timeout_scale: 1.0,
+            stress: None,
             skip_destructive: false,
             without_module: false,
         }
@@ -66,9 +69,16 @@ impl Default for Options {
 pub struct Ctx {
     seed: u64,
     rounds_scale: f64,
+    stress: Option<Duration>,
 }
 
 impl Ctx {
+    /// For how long to do what is done for `full` on a fast machine.
+    pub fn duration(&self, full: Duration) -> Duration {
+        let scaled = full.mul_f64(self.rounds_scale);
+        self.stress.unwrap_or(scaled.max(Duration::from_secs(1)))
+    }
+
     /// How often to do what is done `full` times on a fast machine: at least once.
     pub fn rounds(&self, full: u32) -> usize {
         ((f64::from(full) * self.rounds_scale) as usize).max(1)
@@ -91,6 +101,7 @@ pub struct Test {
     behaviour: &'static str,
     run: fn(&Ctx),
     timeout: Duration,
+    timed: bool,
     destructive: bool,
     without_module: bool,
 }
@@ -103,6 +114,7 @@ impl Test {
             behaviour,
             run,
             timeout: Duration::from_secs(120),
+            timed: false,
             destructive: false,
             without_module: false,
         }
@@ -112,6 +124,12 @@ impl Test {
     pub const fn long(mut self) -> Self {
         self.timeout = Duration::from_secs(900);
         self
+    }
+
+    /// The test lasts as long as it is told to.
+    pub const fn timed(mut self) -> Self {
+        self.timed = true;
+        self.long()
     }
 
     /// The test kills processes, tries to unload the module or sends it garbage.
@@ -168,6 +186,7 @@ pub fn be_test(test: &Test, options: &Options) {
     (test.run)(&Ctx {
         seed: options.seed,
         rounds_scale: options.rounds_scale,
+        stress: options.stress,
     });
 }
 
@@ -188,7 +207,9 @@ pub fn run<'a>(tests: impl Iterator<Item = &'a Test>, options: &Options) -> Exit
     let selected = |test: &&Test| {
         let name = test.name();
         let named = options.filters.iter().any(|part| name.contains(part));
-        (options.filters.is_empty() || named) && test.without_module == options.without_module
+        let named = named || options.filters.is_empty();
+        let asked = options.stress.is_none() || test.timed;
+        named && asked && test.without_module == options.without_module
     };
     let tests: Vec<&Test> = tests.filter(selected).collect();
     if tests.is_empty() {
@@ -251,12 +272,15 @@ fn prerequisites(without_module: bool) -> Result<(), String> {
 }
 
 fn run_one(test: &Test, options: &Options) -> Outcome {
-    let timeout = test.timeout.mul_f64(options.timeout_scale);
+    let timeout = test.timeout.mul_f64(options.timeout_scale) + options.stress.unwrap_or_default();
+    let seconds = options.stress.map(|time| time.as_secs_f64().to_string());
+    let stress = seconds.iter().flat_map(|seconds| ["--stress", seconds]);
     let spawned = Command::new("/proc/self/exe")
         .args([RUN_ONE, &test.name()])
         .args(["--seed", &options.seed.to_string()])
         .args(["--rounds-scale", &options.rounds_scale.to_string()])
         .args(["--timeout-scale", &options.timeout_scale.to_string()])
+        .args(stress)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .process_group(0)

@@ -5,7 +5,7 @@
 //! Every test runs in a process of its own with VMs of its own, so that one that hangs, dies or
 //! leaves a VM hooked takes no other one with it. The result is KTAP on standard output.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use harness::{Options, Test};
 
@@ -30,6 +30,7 @@ mod registers;
 mod reply;
 mod role;
 mod signals;
+mod soak;
 mod state;
 mod status;
 mod stress;
@@ -52,6 +53,7 @@ Tests KVM introspection; needs root, /dev/kvm and the module kvmi_host.
 
   --list              list the tests and exit
   --filter SUBSTR     run the tests whose names contain SUBSTR (may be repeated)
+  --stress SECONDS    run only the tests of everything at once, for so long each
   --seed N            seed of what is random (default: taken from the clock)
   --rounds-scale F    multiply the rounds of long loops by F, 0.01 for example
   --timeout-scale F   multiply the time limits by F, 5 for example on a slow kernel
@@ -86,6 +88,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         hotplug::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,
+        soak::TESTS,
         fuzz::TESTS,
         vcpu_fuzz::TESTS,
     ]
@@ -116,6 +119,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<(Action, Options), St
             "--list" => action = Action::List,
             "--help" | "-h" => action = Action::Help,
             "--filter" => options.filters.push(value()?),
+            "--stress" => {
+                options.stress = Some(Duration::from_secs_f64(positive(&arg, &value()?)?));
+            }
             "--seed" => options.seed = value()?.parse().map_err(|e| format!("--seed: {e}"))?,
             "--rounds-scale" => options.rounds_scale = positive(&arg, &value()?)?,
             "--timeout-scale" => options.timeout_scale = positive(&arg, &value()?)?,
@@ -131,7 +137,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<(Action, Options), St
 
 fn positive(option: &str, value: &str) -> Result<f64, String> {
     match value.parse() {
-        Ok(number) if f64::is_finite(number) && number > 0.0 => Ok(number),
+        // Small enough to be seconds.
+        Ok(number) if (f64::MIN_POSITIVE..1e9).contains(&number) => Ok(number),
         _ => Err(format!("{option}: {value} is not a positive number")),
     }
 }

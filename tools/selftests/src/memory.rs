@@ -7,7 +7,7 @@ use std::{
     sync::atomic::{AtomicU32, AtomicU8, Ordering},
 };
 
-use rustix::mm::{mmap_anonymous, MapFlags, ProtFlags};
+use rustix::mm::{madvise, mmap_anonymous, Advice, MapFlags, ProtFlags};
 
 /// Memory that a VM can use; it is there until the process ends.
 #[derive(Clone, Copy)]
@@ -60,6 +60,16 @@ impl Memory {
         // SAFETY: the range is inside the mapping, which lasts for ever; the guest and the kernel
         // change it, hence the atomic type.
         unsafe { std::slice::from_raw_parts(self.start.add(offset).as_ptr().cast(), len) }
+    }
+
+    /// Takes whole pages away, in place of which there will be ones full of zeros.
+    pub fn discard(&self, offset: usize, len: usize) {
+        assert!(offset <= self.len && len <= self.len - offset);
+        // SAFETY: the range is inside the mapping.
+        let start = unsafe { self.start.add(offset) };
+        // SAFETY: as in `bytes`: all accesses are atomic, and other values nothing new to them.
+        let taken = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxDontNeed) };
+        taken.expect("memory can be taken away");
     }
 
     /// Copies bytes out.

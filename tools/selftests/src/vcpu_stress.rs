@@ -175,14 +175,16 @@ impl<'a> Load<'a> {
     }
 }
 
+/// Where [`disturb`] has a page of memory now and then.
+pub const SLOT_GPA: u64 = 0x1000_0000;
+
 /// Sends signals to vCPU threads, and changes memory slots, until told to stop.
-fn disturb(vm: &TestVm, vcpus: usize, rng: &mut Rng, stop: &AtomicBool) {
-    const GPA: u64 = 0x1000_0000;
+pub fn disturb(vm: &TestVm, vcpus: usize, rng: &mut Rng, stop: &AtomicBool) {
     let slot = Memory::new(PAGE);
     while !stop.load(Ordering::SeqCst) {
         vm.signal(rng.below(vcpus));
         if rng.one_in(16) {
-            promptly("adding a slot", || vm.add_slot(1, GPA, &slot));
+            promptly("adding a slot", || vm.add_slot(1, SLOT_GPA, &slot));
             promptly("removing a slot", || vm.remove_slot(1));
         }
         rng.pause(Duration::from_millis(1));
