@@ -15,7 +15,7 @@ debug) fragments=("$ROOT/configs/lab.config" "$ROOT/configs/debug.config") ;;
 *) die "unknown flavour: $flavour" "FLAVOUR=lab or FLAVOUR=debug" ;;
 esac
 OUT=$ROOT/build/kernel/$flavour
-ARTIFACTS=(arch/x86/boot/bzImage virt/lib/irqbypass.ko
+ARTIFACTS=(arch/x86/boot/bzImage System.map virt/lib/irqbypass.ko
 	arch/x86/kvm/kvm.ko arch/x86/kvm/kvm-amd.ko arch/x86/kvm/kvm-intel.ko)
 
 kmake() { make -C "$TREE" O="$O" "${KMAKE_FLAGS[@]}" "$@"; }

@@ -23,10 +23,14 @@ pub fn run(arguments: &Pause, output: &mut Output) -> Result<()> {
     let pid = session.pid();
     // From here on an interrupt ends the pause rather than the process.
     let waiter = session.watch()?;
+    // In a pause of its own, lest it makes the other one longer than asked for.
+    let names = match symbols {
+        Some(symbols) => Names::locate_paused(Some(symbols), &mut session.pause()?)?,
+        None => Names::none(),
+    };
     session.allow_pause(arguments.duration)?;
-    let mut paused = session.pause()?;
+    let paused = session.pause()?;
     let begun = Instant::now();
-    let names = Names::locate_paused(symbols, &mut paused)?;
     announce(pid, paused.vcpus(), paused.dormant(), &names, output)?;
 
     let end = waiter.wait_as_tool(arguments.duration)?;

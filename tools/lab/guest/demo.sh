@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: GPL-2.0 OR MIT
 #
 # demo.sh: runs in the lab.  Starts an ordinary guest under an unmodified QEMU,
-# looks into its memory from outside, changes a file of it and lets go.
+# looks into its memory and at its vCPUs from outside, changes a file of it and
+# lets go.
 
 set -u
 FLAVOUR=lab
 . tools/lab/guest/common.sh
 
 console=/tmp/console
-memory=96M
+map=$KERNEL/System.map
 new="kvmi-demo-marker: rewritten-by-kvmi"
 
 caption() { printf '\n== %s\n' "$*"; }
@@ -36,7 +37,27 @@ wait_for() {
 
 ticks() { grep -c '^tick' $console; }
 
+# The guest's own time, in seconds.
+uptime() { sed -n 's/^tick .* up \([0-9]*\) s\r*$/\1/p' $console | tail -n 1; }
+
 kvmictl() { "$BIN/kvmictl" "$@"; }
+
+# look: pauses the guest and leaves in $places where its vCPUs are.
+look() {
+	places=$(kvmictl pause --pid $guest --symbols "$map" --for "$1") || fail "$places"
+}
+
+# A line "vCPU N: RIP SYMBOL+OFFSET/SIZE" has to be right by the symbols of the
+# kernel that the guest has booted.  All of that kernel is in the last 2 GiB: the
+# lower halves of the addresses will do, which a shell can add.
+check_place() {
+	rip=$3 offset=${4#*+}
+	address=$(awk -v symbol="${4%%+*}" '$3 == symbol { print $1 }' "$map")
+	[ "$(printf '%s\n' "$address" | wc -w)" = 1 ] || return 0 # several of this name
+	[ $((0x${address#ffffffff} + ${offset%/*})) = $((0x${rip#0xffffffff})) ] ||
+		fail "$rip is not $4"
+	checked=$((checked + 1))
+}
 
 caption "Load KVM and its introspection provider on this host"
 show load_kvm
@@ -44,7 +65,7 @@ show insmod "$PROVIDER"
 
 caption "Start an ordinary guest: $(qemu-system-x86_64 --version | head -n 1)"
 : >$console
-qemu-system-x86_64 -name demo -accel kvm -cpu qemu64 -m $memory -display none -nodefaults -no-reboot \
+qemu-system-x86_64 -name demo -accel kvm -cpu qemu64 -smp 2 -m 96M -display none -nodefaults -no-reboot \
 	-serial file:$console -kernel "$KERNEL/bzImage" -initrd build/guest.cpio.gz \
 	-append "console=ttyS0 loglevel=4 panic=-1" 2>/tmp/qemu.err &
 guest=$!
@@ -63,16 +84,51 @@ where=$(kvmictl find --pid $guest --max 1 'Linux version')
 show kvmictl read --pid $guest "$where" 64 --format text
 
 caption "Stop its vCPUs, look at their registers, let them go on"
-show kvmictl regs --pid $guest
-show kvmictl pause --pid $guest --for 2
-before=$(ticks)
-wait_for 10 "^tick $((before + 2)):" || fail "the guest does not go on"
+echo "(kvmictl reads the names of the guest's kernel from KVMI_SYMBOLS=$map)"
+export KVMI_SYMBOLS="$map"
+show kvmictl regs --pid $guest --msr LSTAR
+before=$(uptime)
+echo "$ kvmictl pause --pid $guest --for 2"
+look 2
+echo "$places"
+[ "$(echo "$places" | grep -c '^vCPU [01]: 0x')" = 2 ] || fail "there should be two vCPUs"
+# In user space a vCPU has no place in the kernel: look again until one has, and a few times more.
+checked=0
+for _ in $(seq 30); do
+	echo "$places" | grep '^vCPU .*+0x' >/tmp/places
+	while read -r line; do
+		# shellcheck disable=SC2086  # split into words
+		check_place $line
+	done </tmp/places
+	[ $checked -lt 5 ] || break
+	look 0
+done
+[ $checked -ge 5 ] || fail "no vCPU was ever seen in the kernel"
+echo "(symbols of $checked places were right)"
+show kvmictl top --pid $guest --interval 0.2 --count 3
+
+caption "Translate where a vCPU is, and a symbol; read what is there"
+show kvmictl translate --pid $guest "$rip"
+banner=$(show kvmictl translate --pid $guest linux_banner) || fail "$banner"
+echo "$banner"
+show kvmictl read --pid $guest --virtual linux_banner 64 --format text
+read_back=$(kvmictl read --pid $guest "$(echo "$banner" | tail -n 1)" 13 --format text)
+[ "$read_back" = "Linux version" ] || fail "instead of the banner there is '$read_back'"
+# Two names changed places, as in the symbols of another build.
+sed 's/ schedule$/&_timeout/; t; s/ schedule_timeout$/ schedule/' "$map" >/tmp/other.map
+! refusal=$(kvmictl regs --pid $guest --symbols /tmp/other.map 2>&1) ||
+	fail "the symbols of another build were taken"
+echo "With the symbols of another build:"
+echo "$refusal"
+
+before_ticks=$(ticks)
+wait_for 10 "^tick $((before_ticks + 2)):" || fail "the guest does not go on"
+[ "$(uptime)" -gt "$before" ] || fail "the guest's clock stands still at $before s"
 tail -n 1 $console
-grep -q lockup $console && fail "the guest noticed: $(grep lockup $console)"
+trouble=$(grep -aE 'lockup|stall|BUG:|WARNING:|Oops' $console) && fail "the guest noticed: $trouble"
 
 caption "Rewrite the guest's file behind its back"
-# Not beyond the memory, where all up to the BIOS below 4 GiB is a hole.
-hits=$(show kvmictl find --pid $guest --to $memory 'kvmi-demo-marker: untouched') || fail "$hits"
+hits=$(show kvmictl find --pid $guest 'kvmi-demo-marker: untouched') || fail "$hits"
 echo "$hits" | head -n 6
 echo "($(echo "$hits" | grep -c ^0x) addresses; a file's data starts on a page, the others are passing copies)"
 for gpa in $(echo "$hits" | grep '^0x.*000$'); do
