@@ -63,7 +63,8 @@ fn everything_at_once(ctx: &Ctx, vcpus: u16) {
     let mut others = [Rng::new(rng.next()), Rng::new(rng.next())];
     let [signals, pages] = &mut others;
     scope(|scope| {
-        scope.spawn(|| disturb(&vm, vcpus.into(), signals, &stop));
+        // While pages are taken from the guest, KVM itself may hold up changes of slots.
+        scope.spawn(|| disturb(&vm, vcpus.into(), signals, soon(), &stop));
         scope.spawn(|| churn(&vm, pages, &stop));
         while begun.elapsed() < time {
             session(&vm, vcpus, &mut rng, &done);

@@ -27,7 +27,7 @@ pub fn soon() -> Duration {
 }
 
 /// How long an UNHOOK may take, whatever the tool does.
-fn shortly() -> Duration {
+pub fn shortly() -> Duration {
     scaled(Duration::from_secs(2))
 }
 
@@ -49,10 +49,16 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 /// Runs `action`; fails the test if it takes longer than 2 s (on a machine of the usual speed).
 #[track_caller]
 pub fn promptly<T>(what: &str, action: impl FnOnce() -> T) -> T {
+    within(shortly(), what, action)
+}
+
+/// Runs `action`; fails the test if it takes longer than `limit`.
+#[track_caller]
+pub fn within<T>(limit: Duration, what: &str, action: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let result = action();
     let took = start.elapsed();
-    assert!(took < shortly(), "{what} took {} ms", took.as_millis());
+    assert!(took < limit, "{what} took {} ms", took.as_millis());
     result
 }
 

@@ -21,7 +21,7 @@ use crate::{
     role::{flood, Vmm},
     sys,
     tool::Tool,
-    util::{promptly, Rng},
+    util::{promptly, shortly, within, Rng},
     vcpu_tool::{exception, vcpu_payload, Ledger, Paused},
     vm::{Guest, TestVm, PAGE},
 };
@@ -178,14 +178,15 @@ impl<'a> Load<'a> {
 /// Where [`disturb`] has a page of memory now and then.
 pub const SLOT_GPA: u64 = 0x1000_0000;
 
-/// Sends signals to vCPU threads, and changes memory slots, until told to stop.
-pub fn disturb(vm: &TestVm, vcpus: usize, rng: &mut Rng, stop: &AtomicBool) {
+/// Sends signals to vCPU threads, and changes memory slots, each of which may take as long as
+/// `limit`, until told to stop.
+pub fn disturb(vm: &TestVm, vcpus: usize, rng: &mut Rng, limit: Duration, stop: &AtomicBool) {
     let slot = Memory::new(PAGE);
     while !stop.load(Ordering::SeqCst) {
         vm.signal(rng.below(vcpus));
         if rng.one_in(16) {
-            promptly("adding a slot", || vm.add_slot(1, SLOT_GPA, &slot));
-            promptly("removing a slot", || vm.remove_slot(1));
+            within(limit, "adding a slot", || vm.add_slot(1, SLOT_GPA, &slot));
+            within(limit, "removing a slot", || vm.remove_slot(1));
         }
         rng.pause(Duration::from_millis(1));
     }
@@ -203,7 +204,7 @@ fn all_kinds_of_load(ctx: &Ctx, vcpus: u32) {
         let mut other = Rng::new(rng.next());
         let stop = AtomicBool::new(false);
         scope(|scope| {
-            scope.spawn(|| disturb(&vm, vcpus as usize, &mut other, &stop));
+            scope.spawn(|| disturb(&vm, vcpus as usize, &mut other, shortly(), &stop));
             // Some sessions end with the tool, some with an UNHOOK in the middle.
             if round % 3 == 0 {
                 load.work(rng.below(300));
@@ -266,7 +267,7 @@ fn pauses_and_signals_may_race(ctx: &Ctx) {
     let mut tool = vm.hook_allowing_all();
     let (mut other, stop) = (Rng::new(rng.next()), AtomicBool::new(false));
     scope(|scope| {
-        scope.spawn(|| disturb(&vm, 2, &mut other, &stop));
+        scope.spawn(|| disturb(&vm, 2, &mut other, shortly(), &stop));
         for nth in 1..=ctx.rounds(1000) {
             let vcpu = rng.below(2) as u16;
             let paused = tool.pause_waiting(vcpu, rng.one_in(2));
