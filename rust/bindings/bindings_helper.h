@@ -4,3 +4,4 @@
 /* Defines struct module, so that the kernel's binding of it is the only one. */
 #include <linux/module.h>
 #include <linux/kvm_introspection.h>
+#include <trace/events/kvmi.h>

@@ -42,6 +42,8 @@ use zerocopy::{
     IntoBytes, //
 };
 
+use crate::trace::Trace;
+
 /// How long the sender of an event of the VM waits for its turn, in milliseconds. It is a thread
 /// of the VMM, which must not hang because a tool does not read.
 const EVENT_PATIENCE_MS: u32 = 1000;
@@ -58,6 +60,7 @@ struct Outgoing {
 #[pin_data]
 pub(crate) struct Connection {
     socket: StreamSocket,
+    trace: Trace,
     #[pin]
     outgoing: Mutex<Outgoing>,
     /// Notified when `outgoing` is not busy any more.
@@ -79,9 +82,10 @@ impl Drop for Turn<'_> {
 
 impl Connection {
     /// Creates a connection over `socket`.
-    pub(crate) fn new(socket: StreamSocket) -> impl PinInit<Self> {
+    pub(crate) fn new(socket: StreamSocket, trace: Trace) -> impl PinInit<Self> {
         pin_init!(Self {
             socket,
+            trace,
             outgoing <- new_mutex!(Outgoing::default(), "Connection::outgoing"),
             turn <- new_condvar!("Connection::turn"),
             closed: Atomic::new(false),
@@ -140,6 +144,7 @@ impl Connection {
             Err(error) => (ReplyHead::failure(request, error), &[][..]),
         };
         let _turn = self.wait_for_turn()?;
+        self.trace.reply(request, &result);
         self.send([head.as_bytes(), data], Wait::ForRoom)
     }
 
@@ -149,6 +154,7 @@ impl Connection {
     pub(crate) fn send_vm_event(&self, event: Event) -> Result {
         let _turn = self.wait_for_turn_shortly()?;
         let seq = self.outgoing.lock().seq.next_number();
+        self.trace.event(None, event, seq);
         self.send([VmEventMessage::new(event, seq).as_bytes()], Wait::Never)?;
         self.outgoing.lock().seq.advance();
         Ok(())
@@ -158,11 +164,18 @@ impl Connection {
     /// reply may be there before this returns.
     ///
     /// Sleeps as [`Self::reply`] does, and fails in the same way.
-    pub(crate) fn send_vcpu_event(&self, body: &[u8], expect: impl FnOnce(u32)) -> Result {
+    pub(crate) fn send_vcpu_event(
+        &self,
+        vcpu: u16,
+        event: Event,
+        body: &[u8],
+        expect: impl FnOnce(u32),
+    ) -> Result {
         let _turn = self.wait_for_turn()?;
         let seq = self.outgoing.lock().seq.next_number();
         let header = vcpu_event_header(body.len(), seq).ok_or(EMSGSIZE)?;
         expect(seq);
+        self.trace.event(Some(vcpu), event, seq);
         self.send([header.as_bytes(), body], Wait::ForRoom)?;
         self.outgoing.lock().seq.advance();
         Ok(())

@@ -13,10 +13,12 @@
 //! * [`receiver`] is the thread that serves the tool; [`command`] is what it does.
 //! * [`vcpu`] is what a vCPU's thread does for the tool: [`vcpu_command`].
 //! * [`connection`] is the tool's socket: who may send, and when it is over.
+//! * [`trace`] tells those who watch what goes on.
 //! * [`ioctl`] and [`device`] are the two doors through which a VM gets hooked.
 
 mod command;
 mod connection;
+mod counters;
 mod device;
 mod ioctl;
 mod kvm;
@@ -25,6 +27,7 @@ mod registry;
 mod session;
 #[cfg(CONFIG_KUNIT)]
 mod tests;
+mod trace;
 mod vcpu;
 mod vcpu_command;
 

@@ -27,6 +27,7 @@ use crate::{
     },
     connection::Connection,
     session::Session,
+    trace::Trace,
     vcpu::Job, //
 };
 
@@ -87,7 +88,9 @@ fn serve(session: &Session, buffers: &mut Buffers) -> Result {
         session.counters().commands.fetch_add(1, Relaxed);
 
         let policy = session.policy();
-        let result = match Request::parse(&header, payload, &policy) {
+        let request = Request::parse(&header, payload, &policy);
+        trace(session.trace(), &header, &request);
+        let result = match request {
             Ok(Request::Vcpu(message)) => match session.usable_vcpu(message.vcpu) {
                 Ok(vcpu) => {
                     vcpu.enqueue(job(&header, &message)?)?;
@@ -109,6 +112,15 @@ fn serve(session: &Session, buffers: &mut Buffers) -> Result {
         connection.reply(&header, result)?;
     }
     Ok(())
+}
+
+/// Tells who watches what has arrived.
+fn trace(trace: &Trace, header: &Header, request: &Result<Request<'_>, Reject>) {
+    match request {
+        Ok(Request::EventReply(answer)) => trace.event_reply(answer, header.seq),
+        Ok(Request::Vcpu(message)) => trace.command(Some(message.vcpu), header),
+        _ => trace.command(None, header),
+    }
 }
 
 /// Makes a job of a vCPU's command.

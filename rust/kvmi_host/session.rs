@@ -37,6 +37,7 @@ use kvmi_common::socket::StreamSocket;
 
 use crate::{
     connection::Connection,
+    counters::Counters,
     ioctl,
     kvm::{
         AttachedVm,
@@ -52,6 +53,10 @@ use crate::{
     module_parameters,
     receiver::Receiver,
     registry,
+    trace::{
+        HookTold,
+        Trace, //
+    },
     vcpu::Vcpu, //
 };
 
@@ -64,21 +69,14 @@ pub(crate) struct Identity {
     pub(crate) hooked_by: Pid,
 }
 
-/// What has happened since the VM was hooked.
-pub(crate) struct Counters {
-    pub(crate) commands: Atomic<u64>,
-    pub(crate) events: Atomic<u64>,
-    pub(crate) memslot_changes: Atomic<u64>,
-    pub(crate) vcpus_served: Atomic<u32>,
-    pub(crate) held_ns: Atomic<u64>,
-}
-
 /// What exists as long as the VM is hooked. Fields are dropped in the order of their declaration.
 struct Hooked {
     /// Nothing serves the tool any more …
     _receiver: Receiver,
     /// … then kvm.ko has nobody to call …
     _attachment: Attachment<Session>,
+    /// … which is told to those who watch …
+    _told: HookTold,
     /// … and only then the VM can be hooked again, or be destroyed.
     _entry: registry::Entry,
 }
@@ -91,6 +89,7 @@ struct Hooked {
 pub(crate) struct Session {
     vm_id: VmId,
     identity: Identity,
+    trace: Trace,
     connection: Arc<Connection>,
     counters: Counters,
     /// The tool wants to be told of a coming unhook.
@@ -127,7 +126,9 @@ impl Session {
         if registry::find(vm.id()).is_some() {
             return Err(EEXIST);
         }
-        let connection = Arc::pin_init(Connection::new(StreamSocket::from_fd(fd)?), GFP_KERNEL)?;
+        let trace = Trace::new(vm.info().vmm_pid);
+        let connection = Connection::new(StreamSocket::from_fd(fd)?, trace);
+        let connection = Arc::pin_init(connection, GFP_KERNEL)?;
         let identity = Identity {
             uuid,
             hooked_by: current!().group_leader().pid(),
@@ -136,14 +137,9 @@ impl Session {
             pin_init!(Self {
                 vm_id: vm.id(),
                 identity,
+                trace,
                 connection,
-                counters: Counters {
-                    commands: Atomic::new(0),
-                    events: Atomic::new(0),
-                    memslot_changes: Atomic::new(0),
-                    vcpus_served: Atomic::new(0),
-                    held_ns: Atomic::new(0),
-                },
+                counters: Counters::new(),
                 unhook_event: Atomic::new(false),
                 event_timeout_ms: Atomic::new(
                     event_timeout_ms.unwrap_or(*module_parameters::event_timeout_ms.value()),
@@ -162,10 +158,13 @@ impl Session {
         let mut hooked = session.hooked.lock();
         let entry = registry::Entry::new(session.clone())?;
         let attachment = Attachment::new(vm, session.clone())?;
+        // Told when there is no doubt, but before the first command.
+        let told = trace.hook(identity.hooked_by, &identity.uuid);
         let receiver = Receiver::start(session.clone())?;
         *hooked = Some(Hooked {
             _receiver: receiver,
             _attachment: attachment,
+            _told: told,
             _entry: entry,
         });
         drop(hooked);
@@ -308,6 +307,10 @@ impl Session {
 
     pub(crate) fn identity(&self) -> Identity {
         self.identity
+    }
+
+    pub(crate) fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     pub(crate) fn counters(&self) -> &Counters {

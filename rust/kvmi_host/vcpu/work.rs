@@ -185,7 +185,9 @@ impl Vcpu {
                 since: Instant::now(),
             });
         };
-        let sent = current.unlocked(|| self.connection().send_vcpu_event(body, expect))?;
+        let connection = self.connection();
+        let sent =
+            current.unlocked(|| connection.send_vcpu_event(self.index(), event, body, expect))?;
         match sent {
             Ok(()) => {
                 self.session.counters().events.fetch_add(1, Relaxed);

@@ -36,6 +36,7 @@ mod status;
 mod stress;
 mod sys;
 mod tool;
+mod tracing;
 mod util;
 mod vcpu;
 mod vcpu_fuzz;
@@ -86,6 +87,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         inject::TESTS,
         signals::TESTS,
         hotplug::TESTS,
+        tracing::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,
         soak::TESTS,
