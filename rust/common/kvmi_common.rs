@@ -8,6 +8,7 @@
 pub mod kthread;
 pub mod miscdev;
 pub mod socket;
+mod wait;
 
 /// Prefix of the messages printed from this crate.
 #[allow(dead_code, reason = "the macros that print expect it")]

@@ -4,21 +4,26 @@
 //!
 //! C header: [`include/linux/net.h`](srctree/include/linux/net.h)
 
-use core::ptr::NonNull;
+use core::ptr::{
+    self,
+    NonNull, //
+};
 use kernel::{
     bindings,
+    current,
     ffi::c_int,
-    prelude::*, //
+    prelude::*,
+    sync::barrier::smp_mb,
+    time::Jiffies, //
 };
+use pin_init::stack_pin_init;
 
-/// How long a transmission may take.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Wait {
-    /// Until there is room, the socket is shut down or a signal arrives.
-    ForRoom,
-    /// Not at all.
-    Never,
-}
+use crate::wait::Waiter;
+
+const EPOLLOUT: u32 = 0x4;
+const EPOLLERR: u32 = 0x8;
+const EPOLLHUP: u32 = 0x10;
+const EPOLLRDHUP: u32 = 0x2000;
 
 /// A connected stream socket, taken from a file descriptor of the current process.
 ///
@@ -114,55 +119,89 @@ impl StreamSocket {
         self.recv(buf, bindings::MSG_DONTWAIT).is_ok_and(|n| n > 0)
     }
 
-    /// Sends the concatenation of `parts`.
+    /// Sends as much of the concatenation of `parts` as there is room for, without waiting;
+    /// returns how many bytes that was, or `EAGAIN` if there is no room at all.
     ///
-    /// Two transmissions at the same time may mix: callers exclude each other. Fails with `EINTR`
-    /// if a signal came before anything was sent; after any other error an unknown part was sent.
-    pub fn send<const N: usize>(&self, parts: [&[u8]; N], wait: Wait) -> Result {
+    /// Two transmissions at the same time may mix: callers exclude each other.
+    pub fn send_now<const N: usize>(&self, parts: &[&[u8]; N]) -> Result<usize> {
         let mut msg = bindings::msghdr::default();
         let len = parts.iter().map(|part| part.len()).sum::<usize>();
         let mut vec = parts.map(|part| bindings::kvec {
             iov_base: part.as_ptr().cast_mut().cast(),
             iov_len: part.len(),
         });
-        msg.msg_flags = bindings::MSG_NOSIGNAL;
-        if wait == Wait::Never {
-            msg.msg_flags |= bindings::MSG_DONTWAIT;
-        }
+        msg.msg_flags = bindings::MSG_NOSIGNAL | bindings::MSG_DONTWAIT;
 
         // SAFETY: `sock` is valid by the type invariant; sending only reads from what `vec`
         // describes, which lives longer than this call.
         let ret = unsafe {
             bindings::kernel_sendmsg(self.sock.as_ptr(), &mut msg, vec.as_mut_ptr(), N, len)
         };
-        match usize::try_from(ret) {
-            Ok(n) if n == len => Ok(()),
-            Ok(_) => Err(EPIPE),
-            Err(_) => match Error::from_errno(ret) {
-                e if e == ERESTARTSYS => Err(EINTR),
-                e => Err(e),
-            },
+        usize::try_from(ret).map_err(|_| Error::from_errno(ret))
+    }
+
+    /// Sleeps until it may be worth the while to call [`Self::send_now`] again: there is room, or
+    /// the socket is shut down. To be called after that has failed with `EAGAIN`.
+    ///
+    /// Fails with `ETIMEDOUT` when `left` says 0, which is asked at the begin and after each
+    /// [`Self::wake`], and with `EINTR` when a signal is pending.
+    pub fn wait_for_room(&self, left: &dyn Fn() -> Jiffies) -> Result {
+        const ENOUGH: u32 = EPOLLOUT | EPOLLERR | EPOLLHUP;
+
+        // SAFETY: `sock` is valid by the type invariant.
+        let queue = unsafe { &raw mut (*self.sock.as_ptr()).wq.wait };
+        // SAFETY: The queue is part of the socket, and so as valid as `self`.
+        stack_pin_init!(let waiter = unsafe { Waiter::new(queue) });
+        // Who makes room looks for waiters then, or this sees the room.
+        smp_mb();
+        let mut slept = false;
+        loop {
+            let left = left();
+            if left == 0 {
+                return Err(ETIMEDOUT);
+            }
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            if self.poll() & ENOUGH != 0 {
+                if !slept {
+                    // Either it has come just now, or what lacked was memory: give it a tick.
+                    waiter.wait(1);
+                }
+                return Ok(());
+            }
+            waiter.wait(left);
+            slept = true;
         }
+    }
+
+    /// Has those who sleep in [`Self::wait_for_room`] look at the time that they have left.
+    pub fn wake(&self) {
+        // SAFETY: `sock` is valid by the type invariant.
+        let queue = unsafe { &raw mut (*self.sock.as_ptr()).wq.wait };
+        // SAFETY: As above; spurious wake-ups are harmless to everybody who waits for a socket.
+        unsafe { bindings::__wake_up(queue, bindings::TASK_INTERRUPTIBLE, 0, ptr::null_mut()) };
     }
 
     /// Whether the peer has closed the connection, or it is shut down; also while there is
     /// something left to be received.
     pub fn peer_has_hung_up(&self) -> bool {
-        const EPOLLERR: u32 = 0x8;
-        const EPOLLHUP: u32 = 0x10;
-        const EPOLLRDHUP: u32 = 0x2000;
+        self.poll() & (EPOLLERR | EPOLLHUP | EPOLLRDHUP) != 0
+    }
 
+    /// Returns what `poll(2)` would. If there is no room for sending, those who wait on the
+    /// socket's queue are woken when there is.
+    fn poll(&self) -> u32 {
         // SAFETY: `sock` is valid by the type invariant; the file of a socket never changes.
         let file = unsafe { (*self.sock.as_ptr()).file };
         // SAFETY: As above; the operations may be replaced (IPV6_ADDRFORM), by valid ones.
         let ops = unsafe { (&raw const (*self.sock.as_ptr()).ops).read_volatile() };
         // SAFETY: The operations of a valid socket are valid.
         let Some(poll) = (unsafe { (*ops).poll }) else {
-            return false;
+            return 0;
         };
         // SAFETY: Both are valid as long as `self`; without a table nobody is put on a queue.
-        let mask = unsafe { poll(file, self.sock.as_ptr(), core::ptr::null_mut()) };
-        mask & (EPOLLERR | EPOLLHUP | EPOLLRDHUP) != 0
+        unsafe { poll(file, self.sock.as_ptr(), ptr::null_mut()) }
     }
 
     /// Makes pending and future receptions and transmissions end, here and at the peer.

@@ -2,8 +2,8 @@
 
 //! The connection to a tool.
 //!
-//! One thread receives, several send. A message is sent as a whole or the connection is shut down,
-//! so that the stream is never out of step.
+//! One thread receives, several send. A message is sent as a whole before the next one, or the
+//! connection is shut down, so that the stream is never out of step.
 
 use kernel::{
     new_condvar,
@@ -18,7 +18,11 @@ use kernel::{
         CondVarTimeoutResult,
         Mutex, //
     },
-    time::msecs_to_jiffies, //
+    time::{
+        Instant,
+        Jiffies,
+        Monotonic, //
+    }, //
 };
 use kvmi_abi::{
     event::{
@@ -33,20 +37,26 @@ use kvmi_abi::{
     Event,
     KvmiError, //
 };
-use kvmi_common::socket::{
-    StreamSocket,
-    Wait, //
-};
+use kvmi_common::socket::StreamSocket;
 use zerocopy::{
     FromZeros,
     IntoBytes, //
 };
 
-use crate::trace::Trace;
+use crate::{
+    clock::{
+        jiffies_left,
+        time_left, //
+    },
+    trace::Trace, //
+};
 
 /// How long the sender of an event of the VM waits for its turn, in milliseconds. It is a thread
 /// of the VMM, which must not hang because a tool does not read.
 const EVENT_PATIENCE_MS: u32 = 1000;
+
+/// Tells how long a sender may go on waiting; see [`jiffies_left`].
+pub(crate) type Left<'a> = &'a dyn Fn() -> Jiffies;
 
 /// What senders share.
 #[derive(Default)]
@@ -54,6 +64,8 @@ struct Outgoing {
     /// Somebody is sending.
     busy: bool,
     seq: EventSeq,
+    /// The rest of a message whose sender had to leave.
+    rest: KVec<u8>,
 }
 
 /// A connection to a tool.
@@ -133,9 +145,14 @@ impl Connection {
 
     /// Sends the reply to `request`; closes the connection if that fails.
     ///
-    /// Sleeps until the tool reads, the connection is closed or a signal arrives: then it fails
-    /// with `EINTR`, and nothing was sent.
-    pub(crate) fn reply(&self, request: &Header, result: Result<&[u8], KvmiError>) -> Result {
+    /// Sleeps until the tool reads, the connection is closed, `left` says 0 or a signal arrives:
+    /// then it fails with `EINTR`, and nothing was sent.
+    pub(crate) fn reply(
+        &self,
+        request: &Header,
+        result: Result<&[u8], KvmiError>,
+        left: Left<'_>,
+    ) -> Result {
         let (head, data) = match result {
             Ok(data) => (
                 ReplyHead::success(request, data.len()).ok_or(EMSGSIZE)?,
@@ -143,19 +160,23 @@ impl Connection {
             ),
             Err(error) => (ReplyHead::failure(request, error), &[][..]),
         };
-        let _turn = self.wait_for_turn()?;
-        self.trace.reply(request, &result);
-        self.send([head.as_bytes(), data], Wait::ForRoom)
+        let sent = self.turn(left).and_then(|turn| {
+            self.trace.reply(request, &result);
+            turn.send([head.as_bytes(), data], left)
+        });
+        self.close_on_failure(sent)
     }
 
     /// Sends an event of the VM; closes the connection if the tool has left no room for it.
     ///
-    /// Sleeps [`EVENT_PATIENCE_MS`] at most. Fails with `EAGAIN` if the tool does not read.
+    /// Sleeps [`EVENT_PATIENCE_MS`] at most. Fails with `ETIMEDOUT` if the tool does not read.
     pub(crate) fn send_vm_event(&self, event: Event) -> Result {
-        let _turn = self.wait_for_turn_shortly()?;
+        let since = Instant::<Monotonic>::now();
+        let turn = self.turn(&|| jiffies_left(Some(time_left(EVENT_PATIENCE_MS, since))))?;
         let seq = self.outgoing.lock().seq.next_number();
         self.trace.event(None, event, seq);
-        self.send([VmEventMessage::new(event, seq).as_bytes()], Wait::Never)?;
+        let sent = turn.send([VmEventMessage::new(event, seq).as_bytes()], &|| 0);
+        self.close_on_failure(sent)?;
         self.outgoing.lock().seq.advance();
         Ok(())
     }
@@ -169,53 +190,125 @@ impl Connection {
         vcpu: u16,
         event: Event,
         body: &[u8],
+        left: Left<'_>,
         expect: impl FnOnce(u32),
     ) -> Result {
-        let _turn = self.wait_for_turn()?;
-        let seq = self.outgoing.lock().seq.next_number();
-        let header = vcpu_event_header(body.len(), seq).ok_or(EMSGSIZE)?;
-        expect(seq);
-        self.trace.event(Some(vcpu), event, seq);
-        self.send([header.as_bytes(), body], Wait::ForRoom)?;
-        self.outgoing.lock().seq.advance();
-        Ok(())
+        let sent = self.turn(left).and_then(|turn| {
+            let seq = self.outgoing.lock().seq.next_number();
+            let header = vcpu_event_header(body.len(), seq).ok_or(EMSGSIZE)?;
+            expect(seq);
+            self.trace.event(Some(vcpu), event, seq);
+            turn.send([header.as_bytes(), body], left)?;
+            self.outgoing.lock().seq.advance();
+            Ok(())
+        });
+        self.close_on_failure(sent)
     }
 
-    /// Sends while the caller has the turn. An interrupted transmission leaves no trace; after any
-    /// other failure the stream is out of step.
-    fn send<const N: usize>(&self, parts: [&[u8]; N], wait: Wait) -> Result {
-        self.socket.send(parts, wait).inspect_err(|e| {
+    /// Whether a part of a message is still to be sent.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        !self.outgoing.lock().rest.is_empty()
+    }
+
+    /// Sends what is left of a message. Sleeps as [`Self::reply`] does, and fails in the same way.
+    pub(crate) fn finish(&self, left: Left<'_>) -> Result {
+        let finished = self.turn(left).map(drop);
+        self.close_on_failure(finished)
+    }
+
+    /// Has those who wait for their turn, or for room, look at the time that they have left.
+    pub(crate) fn look_at_the_clock(&self) {
+        self.turn.notify_all();
+        self.socket.wake();
+    }
+
+    /// Closes the connection upon a failure: the stream is out of step, or the tool too slow. A
+    /// signal is none.
+    fn close_on_failure(&self, result: Result) -> Result {
+        result.inspect_err(|e| {
             if *e != EINTR {
                 self.close();
             }
         })
     }
 
-    fn wait_for_turn(&self) -> Result<Turn<'_>> {
+    /// Waits for the turn, and finishes the message that somebody had to leave. Fails with
+    /// `ETIMEDOUT` when `left` says 0, `EINTR` when a signal is pending: nothing is lost then.
+    fn turn(&self, left: Left<'_>) -> Result<Turn<'_>> {
         let mut outgoing = self.outgoing.lock();
         while outgoing.busy {
             // Who was notified has to take the turn: the notification is not for anybody else.
-            if self.turn.wait_interruptible(&mut outgoing) && outgoing.busy {
-                return Err(EINTR);
-            }
-        }
-        outgoing.busy = true;
-        Ok(Turn(self))
-    }
-
-    fn wait_for_turn_shortly(&self) -> Result<Turn<'_>> {
-        let mut outgoing = self.outgoing.lock();
-        let mut left = msecs_to_jiffies(EVENT_PATIENCE_MS);
-        while outgoing.busy {
-            // As above.
-            match self.turn.wait_interruptible_timeout(&mut outgoing, left) {
-                CondVarTimeoutResult::Woken { jiffies } => left = jiffies,
-                CondVarTimeoutResult::Timeout if outgoing.busy => return Err(EAGAIN),
+            match self.turn.wait_interruptible_timeout(&mut outgoing, left()) {
                 CondVarTimeoutResult::Signal { .. } if outgoing.busy => return Err(EINTR),
+                CondVarTimeoutResult::Timeout if outgoing.busy => return Err(ETIMEDOUT),
                 _ => {}
             }
         }
         outgoing.busy = true;
-        Ok(Turn(self))
+        drop(outgoing);
+        let turn = Turn(self);
+        turn.finish(left)?;
+        Ok(turn)
+    }
+}
+
+impl Turn<'_> {
+    /// Sends a message.
+    ///
+    /// If a signal arrives in the middle of it, the rest is left to whoever sends next. Fails with
+    /// `EINTR` if it arrives before that, `ETIMEDOUT` when `left` says 0.
+    fn send<const N: usize>(&self, mut parts: [&[u8]; N], left: Left<'_>) -> Result {
+        let len = total(&parts);
+        match self.push(&mut parts, left) {
+            Err(e) if e == EINTR && total(&parts) < len => self.leave(&parts),
+            result => result,
+        }
+    }
+
+    /// Sends what is left of a message, if anything is; leaves again what cannot be sent.
+    fn finish(&self, left: Left<'_>) -> Result {
+        let rest = core::mem::take(&mut self.0.outgoing.lock().rest);
+        let mut parts = [&rest[..]];
+        self.push(&mut parts, left).or_else(|e| {
+            self.leave(&parts)?;
+            Err(e)
+        })
+    }
+
+    /// Sends all of `parts`, or as much as can be sent: what was sent is taken out of them.
+    fn push<const N: usize>(&self, parts: &mut [&[u8]; N], left: Left<'_>) -> Result {
+        let socket = &self.0.socket;
+        while total(parts) > 0 {
+            match socket.send_now(parts) {
+                Ok(sent) => advance(parts, sent),
+                Err(e) if e == EAGAIN => socket.wait_for_room(left)?,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the rest of a message to whoever sends next. Fails with `ENOMEM`.
+    fn leave(&self, parts: &[&[u8]]) -> Result {
+        let mut rest = KVec::with_capacity(total(parts), GFP_KERNEL)?;
+        for part in parts {
+            rest.extend_from_slice(part, GFP_KERNEL)?;
+        }
+        self.0.outgoing.lock().rest = rest;
+        Ok(())
+    }
+}
+
+/// Returns how many bytes `parts` have.
+fn total(parts: &[&[u8]]) -> usize {
+    parts.iter().map(|part| part.len()).sum()
+}
+
+/// Takes the first `n` bytes out of `parts`.
+fn advance(parts: &mut [&[u8]], mut n: usize) {
+    for part in parts {
+        let (_, rest) = part.split_at(n.min(part.len()));
+        n -= part.len() - rest.len();
+        *part = rest;
     }
 }

@@ -16,6 +16,7 @@
 //! * [`trace`] tells those who watch what goes on.
 //! * [`ioctl`] and [`device`] are the two doors through which a VM gets hooked.
 
+mod clock;
 mod command;
 mod connection;
 mod counters;

@@ -21,6 +21,7 @@ use kvmi_abi::{
 use kvmi_common::kthread::KThread;
 
 use crate::{
+    clock::for_ever,
     command::{
         self,
         Scratch, //
@@ -109,7 +110,8 @@ fn serve(session: &Session, buffers: &mut Buffers) -> Result {
             Err(Reject::Reply(error)) => Err(error),
             Err(Reject::Close(_)) => return Ok(()),
         };
-        connection.reply(&header, result)?;
+        // As long as the tool likes: nobody waits for this thread.
+        connection.reply(&header, result, &for_ever)?;
     }
     Ok(())
 }

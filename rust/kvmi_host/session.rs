@@ -21,7 +21,12 @@ use kernel::{
         Mutex,
         SpinLock, //
     },
-    task::Pid, //
+    task::Pid,
+    time::{
+        Instant,
+        Monotonic,
+        Msecs, //
+    }, //
 };
 use kvmi_abi::{
     ioctl::Feature,
@@ -36,6 +41,7 @@ use kvmi_abi::{
 use kvmi_common::socket::StreamSocket;
 
 use crate::{
+    clock::time_left,
     connection::Connection,
     counters::Counters,
     ioctl,
@@ -94,7 +100,8 @@ pub(crate) struct Session {
     counters: Counters,
     /// The tool wants to be told of a coming unhook.
     unhook_event: Atomic<bool>,
-    /// How long a vCPU waits for the reply to an event; 0 means for ever.
+    /// How long a vCPU waits for the tool: for the reply to an event, or for room to send
+    /// something; 0 means for ever.
     event_timeout_ms: Atomic<u32>,
     /// Whether unhooking restores interceptions; nothing is intercepted so far.
     cleanup: Atomic<bool>,
@@ -228,17 +235,21 @@ impl Session {
         }
     }
 
-    /// Sets how long a vCPU waits for the reply to an event, in milliseconds; 0 means for ever.
+    /// Sets how long a vCPU waits for the tool, in milliseconds; 0 means for ever.
     pub(crate) fn set_event_timeout(&self, ms: u32) {
         self.event_timeout_ms.store(ms, Relaxed);
         for vcpu in self.vcpus.lock().iter().flatten() {
             vcpu.look_at_the_clock();
         }
+        self.connection.look_at_the_clock();
     }
 
-    /// Returns the same, in ns.
-    pub(crate) fn event_timeout_ns(&self) -> u64 {
-        u64::from(self.event_timeout_ms.load(Relaxed)) * 1_000_000
+    /// Returns how much of that is left in ms, counted from `since`; `None` means for ever.
+    pub(crate) fn time_left(&self, since: Instant<Monotonic>) -> Option<Msecs> {
+        match self.event_timeout_ms.load(Relaxed) {
+            0 => None,
+            limit => Some(time_left(limit, since)),
+        }
     }
 
     /// Sets whether unhooking restores interceptions.

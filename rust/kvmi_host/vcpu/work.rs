@@ -8,7 +8,8 @@ use kernel::{
     sync::atomic::Relaxed,
     time::{
         Instant,
-        Monotonic, //
+        Monotonic,
+        Msecs, //
     }, //
 };
 use kvmi_abi::{
@@ -33,6 +34,8 @@ use super::{
     Vcpu, //
 };
 use crate::{
+    clock::jiffies_left,
+    connection::Left,
     kvm::{
         CurrentVcpu,
         Woken, //
@@ -47,6 +50,8 @@ pub(super) struct ThreadState {
     scratch: KVec<u8>,
     /// A reply that could not be sent because of a signal; its data is the begin of `scratch`.
     unsent: Option<(Header, Result<usize, KvmiError>)>,
+    /// Since when something is to be sent that could not be sent so far.
+    sending_since: Option<Instant<Monotonic>>,
     /// A trap that was not sent yet.
     trap: Option<TrapEvent>,
     /// What SET_REGISTERS has left for the end of the event.
@@ -59,6 +64,7 @@ impl ThreadState {
         Ok(Self {
             scratch: KVec::from_elem(0, MAX_MSG_SIZE, GFP_KERNEL)?,
             unsent: None,
+            sending_since: None,
             trap: None,
             new_regs: None,
         })
@@ -73,6 +79,10 @@ impl Vcpu {
         }
         let mut thread = self.thread.lock();
         let thread = &mut *thread;
+        if self.connection().is_unfinished() {
+            let since = &mut thread.sending_since;
+            self.transmit(since, current, |left| self.connection().finish(left))?;
+        }
         self.send_unsent(thread, current)?;
         loop {
             if self.is_in_event() {
@@ -142,8 +152,7 @@ impl Vcpu {
         self.send_unsent(thread, current)
     }
 
-    /// Sends the reply that is waiting, if any. Fails only because of a signal; a reply to nobody
-    /// is dropped.
+    /// Sends the reply that is waiting, if any. Fails only because of a signal.
     fn send_unsent(&self, thread: &mut ThreadState, current: &CurrentVcpu) -> Result {
         let Some((header, result)) = thread.unsent else {
             return Ok(());
@@ -152,12 +161,29 @@ impl Vcpu {
             Ok(len) => Ok(thread.scratch.get(..len).unwrap_or_default()),
             Err(error) => Err(error),
         };
-        let sent = current.unlocked(|| self.connection().reply(&header, data))?;
+        let reply = |left: Left<'_>| self.connection().reply(&header, data, left);
+        // A reply to nobody is dropped.
+        let _sent = self.transmit(&mut thread.sending_since, current, reply)?;
+        thread.unsent = None;
+        Ok(())
+    }
+
+    /// Lets `send` send something for as long as the tool has time to make room for it. Fails with
+    /// `EINTR` because of a signal; the time goes on then. Gives `false` if the connection is over.
+    fn transmit(
+        &self,
+        since: &mut Option<Instant<Monotonic>>,
+        current: &CurrentVcpu,
+        send: impl FnOnce(Left<'_>) -> Result,
+    ) -> Result<bool> {
+        let begin = *since.get_or_insert_with(Instant::now);
+        let left = || jiffies_left(self.session.time_left(begin));
+        let sent = current.unlocked(|| send(&left))?;
         if sent == Err(EINTR) {
             return Err(EINTR);
         }
-        thread.unsent = None;
-        Ok(())
+        *since = None;
+        Ok(sent.is_ok())
     }
 
     /// Sends an event, unless there is nobody to send it to. Fails only because of a signal.
@@ -169,6 +195,7 @@ impl Vcpu {
         specific: &[u8],
     ) -> Result {
         if self.connection().is_closed() || !self.session.policy().allows_event(event) {
+            thread.sending_since = None;
             return Ok(());
         }
         let len = vcpu_command::put_event(self, current, event, specific, &mut thread.scratch);
@@ -185,35 +212,29 @@ impl Vcpu {
                 since: Instant::now(),
             });
         };
-        let connection = self.connection();
-        let sent =
-            current.unlocked(|| connection.send_vcpu_event(self.index(), event, body, expect))?;
-        match sent {
-            Ok(()) => {
-                self.session.counters().events.fetch_add(1, Relaxed);
-                Ok(())
+        let send = |left: Left<'_>| {
+            let connection = self.connection();
+            connection.send_vcpu_event(self.index(), event, body, left, expect)
+        };
+        let sent = self.transmit(&mut thread.sending_since, current, send);
+        let mut inbox = self.inbox.lock();
+        if sent == Ok(true) {
+            // The tool has all of its time from now on.
+            if let Some(outstanding) = &mut inbox.outstanding {
+                outstanding.since = Instant::now();
             }
-            Err(e) => {
-                self.inbox.lock().outstanding = None;
-                if e == EINTR {
-                    Err(e)
-                } else {
-                    Ok(())
-                }
-            }
+            self.session.counters().events.fetch_add(1, Relaxed);
+        } else {
+            inbox.outstanding = None;
         }
+        sent.map(|_| ())
     }
 
-    /// Returns how long to wait for the reply to the event under way; 0 means for ever.
-    fn time_left_ns(&self) -> u64 {
-        let limit = self.session.event_timeout_ns();
+    /// Returns how many ms to wait for the reply to the event under way; `None` means for ever.
+    fn time_left(&self) -> Option<Msecs> {
         let inbox = self.inbox.lock();
-        let gone = inbox.outstanding.as_ref().map(|o| o.since.elapsed());
-        let gone = gone.map_or(0, |gone| u64::try_from(gone.as_nanos()).unwrap_or_default());
-        match limit {
-            0 => 0,
-            limit => limit.saturating_sub(gone).max(1),
-        }
+        let waiting = inbox.outstanding.as_ref().filter(|o| o.answer.is_none())?;
+        self.session.time_left(waiting.since)
     }
 
     /// Finishes the event under way, and counts the time that takes.
@@ -228,16 +249,20 @@ impl Vcpu {
     /// Waits for the reply to the event under way, serving commands meanwhile, and does what it
     /// says. Without a tool the guest goes on.
     fn wait_for_answer(&self, thread: &mut ThreadState, current: &CurrentVcpu) -> Result<WorkDone> {
-        let mut timeout_ns = self.time_left_ns();
+        let mut over = false;
         loop {
+            // Each time: commands do not prolong it, and the limit may have changed.
+            let left = self.time_left().filter(|_| !over);
+            if left == Some(0) {
+                // The receive thread notices, and lets go of all vCPUs.
+                self.connection().close();
+                over = true;
+                continue;
+            }
+            let timeout_ns = left.map_or(0, |ms| u64::from(ms) * 1_000_000);
             match current.wait(|| self.inbox.lock().wakes(), timeout_ns)? {
                 Woken::Done => {}
-                Woken::Timeout => {
-                    // The receive thread notices, and lets go of all vCPUs.
-                    self.connection().close();
-                    timeout_ns = 0;
-                    continue;
-                }
+                Woken::Timeout => continue,
                 Woken::Detaching => {
                     self.inbox.lock().outstanding = None;
                     thread.new_regs = None;
@@ -255,7 +280,7 @@ impl Vcpu {
                 }
             }
             let mut inbox = self.inbox.lock();
-            let changed = core::mem::take(&mut inbox.clock_changed);
+            inbox.clock_changed = false;
             let closed = inbox.closed;
             let answer = inbox.outstanding.as_ref().and_then(|o| o.answer);
             if closed || answer.is_some() {
@@ -278,7 +303,6 @@ impl Vcpu {
                     }
                     return Ok(WorkDone::Enter);
                 }
-                None if changed => timeout_ns = self.time_left_ns(),
                 None => {}
             }
         }

@@ -10,6 +10,7 @@ use std::{process::ExitCode, time::Duration};
 use harness::{Options, Test};
 
 mod address;
+mod backlog;
 mod commands;
 mod device;
 mod framing;
@@ -35,6 +36,7 @@ mod state;
 mod status;
 mod stress;
 mod sys;
+mod time_limit;
 mod tool;
 mod tracing;
 mod util;
@@ -86,6 +88,8 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         reply::TESTS,
         inject::TESTS,
         signals::TESTS,
+        backlog::TESTS,
+        time_limit::TESTS,
         hotplug::TESTS,
         tracing::TESTS,
         stress::TESTS,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use kvmi_abi::{
-    dev::{self, Attach, VmMemory, VmStatus},
+    dev::{self, Attach, EventTimeout, VmMemory, VmStatus},
     ioctl::{self, Feature, Hook},
 };
 use rustix::{
@@ -111,6 +111,21 @@ pub fn attach(dev: impl AsFd, vm_fd: RawFd, socket_fd: RawFd) -> Result<(), Errn
             ..Default::default()
         },
     )
+}
+
+/// EVENT_TIMEOUT with any argument.
+pub fn event_timeout_with(dev: impl AsFd, timeout: EventTimeout) -> Result<(), Errno> {
+    set::<{ dev::EVENT_TIMEOUT }, _>(dev, timeout)
+}
+
+/// EVENT_TIMEOUT of so many milliseconds.
+#[track_caller]
+pub fn event_timeout(dev: impl AsFd, ms: u32) {
+    let timeout = EventTimeout {
+        ms,
+        ..Default::default()
+    };
+    event_timeout_with(dev, timeout).expect("EVENT_TIMEOUT succeeds");
 }
 
 /// VM_STATUS of the VM with this descriptor.

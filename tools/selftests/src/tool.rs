@@ -6,7 +6,7 @@ use std::{
     io::{self, ErrorKind, Read as _, Write as _},
     net::Shutdown,
     os::{
-        fd::{AsRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
     time::Duration,
@@ -64,6 +64,15 @@ impl Tool {
         }
     }
 
+    /// A connection of any kind between these ends.
+    pub fn between(end: OwnedFd, vmm_end: OwnedFd) -> Self {
+        Self {
+            vmm_end: Some(vmm_end),
+            // Nothing that is done with it depends on the kind of the socket.
+            ..Self::on(end.into())
+        }
+    }
+
     /// A connection that somebody else has made.
     pub fn on(stream: UnixStream) -> Self {
         let timeout = Some(soon());
@@ -102,6 +111,12 @@ impl Tool {
     #[track_caller]
     pub fn another(&self) -> Self {
         Self::on(self.stream.try_clone().expect("a socket can be duplicated"))
+    }
+
+    /// How many bytes have arrived and are not received yet.
+    #[track_caller]
+    pub fn readable(&self) -> u64 {
+        rustix::io::ioctl_fionread(&self.stream).expect("FIONREAD")
     }
 
     /// Gives up sending after this time from now on.
@@ -275,6 +290,12 @@ impl Tool {
         };
         assert_eq!(message.payload, expected.as_bytes());
         message.header.seq
+    }
+}
+
+impl AsFd for Tool {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 

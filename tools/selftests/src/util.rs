@@ -17,7 +17,8 @@ pub fn set_slowness(factor: f64) {
     let _ = SLOWNESS.set(factor.max(1.0));
 }
 
-fn scaled(limit: Duration) -> Duration {
+/// A time that is longer on a slow machine.
+pub fn scaled(limit: Duration) -> Duration {
     limit.mul_f64(*SLOWNESS.get_or_init(|| 1.0))
 }
 
