@@ -118,8 +118,9 @@ impl Connection {
     /// Drops what was received and not read. After [`Self::close`], when nothing more can arrive.
     ///
     /// Descriptors that were passed along are among that, and may be what keeps the VM alive.
-    pub(crate) fn discard(&self, scratch: &mut [u8]) {
-        while self.socket.recv_now(scratch) {}
+    pub(crate) fn discard(&self) {
+        let mut scratch = [0; 256];
+        while self.socket.recv_now(&mut scratch) {}
     }
 
     /// Receives the header of the next message, or `None` at the end of the stream.

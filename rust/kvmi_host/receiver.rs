@@ -32,10 +32,12 @@ use crate::{
     vcpu::Job, //
 };
 
-/// The receive thread of a session. Dropping it closes the connection, then ends the thread.
+/// The receive thread of a session. Dropping it closes the connection, ends the thread, and drops
+/// what the thread has not read. Fields are dropped in the order of their declaration.
 pub(crate) struct Receiver {
     connection: Arc<Connection>,
     _thread: KThread,
+    _unread: Unread,
 }
 
 impl Receiver {
@@ -45,12 +47,13 @@ impl Receiver {
         let mut buffers = Buffers::new()?;
 
         Ok(Self {
-            connection,
+            connection: connection.clone(),
+            _unread: Unread(connection),
             _thread: KThread::run(c"kvmi-recv", move || {
                 // Whatever ended the service, the tool and the VMM learn it from the socket.
                 let _ = serve(&session, &mut buffers);
                 session.connection().close();
-                session.connection().discard(&mut buffers.payload);
+                session.connection().discard();
                 session.release_vcpus();
             })?,
         })
@@ -60,6 +63,16 @@ impl Receiver {
 impl Drop for Receiver {
     fn drop(&mut self) {
         self.connection.close();
+    }
+}
+
+/// What lies in the socket of a connection when nobody reads it any more: the thread may have been
+/// told to stop before it ever ran.
+struct Unread(Arc<Connection>);
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        self.0.discard();
     }
 }
 
