@@ -2,7 +2,7 @@
 
 //! Replies to vCPU events: each wrong one ends the connection, and the guest goes on.
 
-use kvmi_abi::{id::VCPU_EVENT, vcpu::EventReply, Action, Event};
+use kvmi_abi::{id::VCPU_EVENT, vcpu::EventReply, Action, Command, Event, KvmiError};
 use zerocopy::IntoBytes as _;
 
 use crate::{
@@ -11,7 +11,7 @@ use crate::{
     sys::{self, Errno},
     tool::{message, Tool},
     vcpu::Exit,
-    vcpu_tool::{exception, Paused},
+    vcpu_tool::{exception, vcpu_payload, Paused},
     vm::{Guest, TestVm},
 };
 
@@ -31,6 +31,7 @@ pub const TESTS: &[Test] = &[
     test!(wrong_reply_resumes_all_vcpus),
     test!(wrong_reply_does_not_crash_the_vm),
     test!(replies_may_be_given_in_pieces),
+    test!(reply_stands_between_the_commands_before_and_after_it),
 ];
 
 /// Pauses vCPU 0 of two that count, sends what `make` makes of the event, and fails the test unless
@@ -247,4 +248,27 @@ fn replies_may_be_given_in_pieces(_: &Ctx) {
         tool.send_raw(&bytes[cut..]);
         vm.expect_progress();
     }
+}
+
+fn reply_stands_between_the_commands_before_and_after_it(ctx: &Ctx) {
+    let vm = TestVm::running(Guest::Count64, 1);
+    let mut tool = vm.hook_allowing_all();
+    let id = Command::VcpuSetRegisters.id();
+    for round in 0..ctx.rounds(100) as u64 {
+        let paused = tool.pause(0);
+        let mut regs = paused.arch.regs;
+        let mut set = |seq, value| {
+            regs.r15 = value;
+            message(id, seq, &vcpu_payload(0, regs.as_bytes()))
+        };
+        // All in one write.
+        let (before, after) = (set(1000, round), set(1001, !round));
+        let reply = almost(&paused, |_| ());
+        tool.send_raw(&[before, reply, after].concat());
+        assert_eq!(tool.reply_to(id, 1000), Ok(vec![]));
+        // There is no event any more that this could be for.
+        assert_eq!(tool.reply_to(id, 1001), Err(KvmiError::OpNotSupp));
+        assert_eq!(tool.regs(0).r15, round);
+    }
+    vm.expect_progress();
 }
