@@ -30,6 +30,7 @@ use zerocopy::{
 };
 
 use crate::{
+    is_ready,
     kvm::Vm,
     registry,
     session::{
@@ -56,6 +57,10 @@ pub(crate) fn write_arg<T: IntoBytes + zerocopy::Immutable>(arg: usize, value: &
 
 /// Serves an ioctl on a VM file descriptor.
 pub(crate) fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
+    // As without the module.
+    if !is_ready() {
+        return Err(EPERM);
+    }
     match cmd {
         HOOK => {
             let hook: Hook = read_arg(arg)?;

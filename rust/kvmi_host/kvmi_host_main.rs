@@ -34,7 +34,12 @@ mod vcpu_command;
 
 use kernel::{
     miscdevice::MiscDeviceOptions,
-    prelude::*, //
+    prelude::*,
+    sync::atomic::{
+        Acquire,
+        Atomic,
+        Release, //
+    }, //
 };
 use kvmi_common::miscdev::OwnedMiscDevice;
 
@@ -59,14 +64,34 @@ module! {
     },
 }
 
+/// Whether the initialisation is over. It goes without waiting for those who use the module if it
+/// fails, so that no VM can be hooked before.
+static READY: Atomic<bool> = Atomic::new(false);
+
+/// Whether VMs can be hooked.
+pub(crate) fn is_ready() -> bool {
+    READY.load(Acquire)
+}
+
+/// The end of the initialisation.
+struct Ready;
+
+impl Ready {
+    fn now() -> Self {
+        READY.store(true, Release);
+        Self
+    }
+}
+
 /// The loaded module. Fields are dropped in the order of their declaration: first nobody can open
-/// the device any more, then kvm.ko forgets us, then there is no session left to look for. No VM is hooked by then, since a hooked VM and an
-/// open file keep the module loaded.
+/// the device any more, then kvm.ko forgets us, then there is no session left to look for. No VM
+/// is hooked by then, since a hooked VM and an open file keep the module loaded.
 ///
-/// The provider is registered first, as that is what can fail for a reason: another version of
-/// kvm.ko. A module whose initialisation fails goes without waiting for those who use it.
+/// The provider is registered before the device, as that is what can fail for a reason: another
+/// version of kvm.ko.
 #[pin_data]
 struct KvmiHost {
+    _ready: Ready,
     #[pin]
     _device: OwnedMiscDevice<DeviceFile>,
     _provider: Registration<Session>,
@@ -81,6 +106,7 @@ impl kernel::InPlaceModule for KvmiHost {
             _registry: unsafe { Registry::new() },
             _provider: Registration::new(module)?,
             _device <- OwnedMiscDevice::register(MiscDeviceOptions { name: c"kvmi" }, module),
+            _ready: Ready::now(),
         })
     }
 }
