@@ -9,7 +9,7 @@ use kvmi_abi::{
 use zerocopy::IntoBytes as _;
 
 use crate::{
-    guest::{Mode, HIGH, HIGH_PAGES, LARGE, LARGE_GPA, LAST32},
+    guest::{Mode, HIGH, HIGH_PAGES, LARGE, LARGE_GPA, LAST32, LAST_PAE},
     harness::{note, skip, test, Ctx, Test},
     tool::{structure, Tool},
     vcpu::Vcpu,
@@ -22,6 +22,7 @@ const AREA: &str = "address";
 pub const TESTS: &[Test] = &[
     test!(addresses_of_64_bit_code_are_translated),
     test!(addresses_of_32_bit_code_are_translated),
+    test!(addresses_of_code_with_pae_are_translated),
     test!(addresses_without_paging_are_physical),
     test!(translation_follows_the_page_tables),
     test!(vcpus_have_address_spaces_of_their_own),
@@ -103,6 +104,27 @@ fn addresses_of_32_bit_code_are_translated(_: &Ctx) {
             (LAST32, SCRATCH),
             (LAST32 + 0xfff, SCRATCH + 0xfff),
             (LAST32 + 0x1000, GPA_UNMAPPED),
+            (0xffff_ffff, GPA_UNMAPPED),
+            (0x1_0000_d900, GPA_UNMAPPED),
+            (HIGH, GPA_UNMAPPED),
+        ],
+    );
+}
+
+fn addresses_of_code_with_pae_are_translated(_: &Ctx) {
+    let mut vm = TestVm::new();
+    let mut vcpu = vm.control(Guest::Spin(Mode::Pae32));
+    let mut tool = vm.hook_allowing_all();
+    vcpu.run();
+    expect_translations(
+        &mut tool,
+        0,
+        &[
+            (0xd900, 0xd900),
+            (LAST_PAE - 1, LAST_PAE - 1),
+            (LAST_PAE, LARGE_GPA),
+            (LAST_PAE + 0x1f_ffff, LARGE_GPA + 0x1f_ffff),
+            (LAST_PAE + 0x20_0000, GPA_UNMAPPED),
             (0xffff_ffff, GPA_UNMAPPED),
             (0x1_0000_d900, GPA_UNMAPPED),
             (HIGH, GPA_UNMAPPED),

@@ -21,6 +21,7 @@ mod harness;
 mod hook;
 mod hotplug;
 mod inject;
+mod inject_modes;
 mod jobs;
 mod lifecycle;
 mod masks;
@@ -31,6 +32,7 @@ mod registers;
 mod reply;
 mod role;
 mod signals;
+mod smm;
 mod soak;
 mod state;
 mod status;
@@ -39,6 +41,7 @@ mod sys;
 mod time_limit;
 mod tool;
 mod tracing;
+mod trap;
 mod util;
 mod vcpu;
 mod vcpu_fuzz;
@@ -87,6 +90,9 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         pause::TESTS,
         reply::TESTS,
         inject::TESTS,
+        inject_modes::TESTS,
+        trap::TESTS,
+        smm::TESTS,
         signals::TESTS,
         backlog::TESTS,
         time_limit::TESTS,
