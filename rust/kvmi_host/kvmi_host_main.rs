@@ -59,7 +59,7 @@ module! {
     params: {
         event_timeout_ms: u32 {
             default: 0,
-            description: "How long a vCPU waits for the reply to an event, in milliseconds (0: for ever); then the tool is disconnected",
+            description: "How long a vCPU waits for the tool, to reply to an event or to read, in milliseconds (0: for ever); then the tool is disconnected",
         },
     },
 }
