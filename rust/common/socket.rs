@@ -14,16 +14,21 @@ use kernel::{
     ffi::c_int,
     prelude::*,
     sync::barrier::smp_mb,
-    time::Jiffies, //
+    time::{
+        msecs_to_jiffies,
+        Jiffies, //
+    }, //
 };
 use pin_init::stack_pin_init;
 
 use crate::wait::Waiter;
 
-const EPOLLOUT: u32 = 0x4;
 const EPOLLERR: u32 = 0x8;
 const EPOLLHUP: u32 = 0x10;
 const EPOLLRDHUP: u32 = 0x2000;
+
+/// How often a sender that waits for room tries again at least, in milliseconds.
+const MEMORY_CHECK_MS: u32 = 1000;
 
 /// A connected stream socket, taken from a file descriptor of the current process.
 ///
@@ -121,11 +126,9 @@ impl StreamSocket {
 
     /// Sends as much of the concatenation of `parts` as there is room for, without waiting;
     /// returns how many bytes that was, or `EAGAIN` if there is no room at all.
-    ///
-    /// Two transmissions at the same time may mix: callers exclude each other.
-    pub fn send_now<const N: usize>(&self, parts: &[&[u8]; N]) -> Result<usize> {
+    fn send_now<const N: usize>(&self, parts: &[&[u8]; N]) -> Result<usize> {
         let mut msg = bindings::msghdr::default();
-        let len = parts.iter().map(|part| part.len()).sum::<usize>();
+        let len = total_len(parts);
         let mut vec = parts.map(|part| bindings::kvec {
             iov_base: part.as_ptr().cast_mut().cast(),
             iov_len: part.len(),
@@ -140,22 +143,40 @@ impl StreamSocket {
         usize::try_from(ret).map_err(|_| Error::from_errno(ret))
     }
 
-    /// Sleeps until it may be worth the while to call [`Self::send_now`] again: there is room, or
-    /// the socket is shut down. To be called after that has failed with `EAGAIN`.
-    ///
-    /// Fails with `ETIMEDOUT` when `left` says 0, which is asked at the begin and after each
-    /// [`Self::wake`], and with `EINTR` when a signal is pending.
-    pub fn wait_for_room(&self, left: &dyn Fn() -> Jiffies) -> Result {
-        const ENOUGH: u32 = EPOLLOUT | EPOLLERR | EPOLLHUP;
+    /// Sends as much of `parts` as there is room for, and takes that out of them. Gives `true` if
+    /// that was all.
+    fn push<const N: usize>(&self, parts: &mut [&[u8]; N]) -> Result<bool> {
+        while total_len(parts) > 0 {
+            match self.send_now(parts) {
+                Ok(sent) => advance(parts, sent),
+                Err(e) if e == EAGAIN => return Ok(false),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(true)
+    }
 
+    /// Sends the concatenation of `parts`. Upon a failure, `parts` is what was not sent.
+    ///
+    /// Sleeps while there is no room. Fails with `ETIMEDOUT` when `left` says 0, which is asked
+    /// before it sleeps and after each [`Self::wake`], and with `EINTR` when a signal is pending.
+    ///
+    /// Two transmissions at the same time may mix: callers exclude each other.
+    pub fn send<const N: usize>(
+        &self,
+        parts: &mut [&[u8]; N],
+        left: &dyn Fn() -> Jiffies,
+    ) -> Result {
+        if self.push(parts)? {
+            return Ok(());
+        }
         // SAFETY: `sock` is valid by the type invariant.
         let queue = unsafe { &raw mut (*self.sock.as_ptr()).wq.wait };
         // SAFETY: The queue is part of the socket, and so as valid as `self`.
         stack_pin_init!(let waiter = unsafe { Waiter::new(queue) });
         // Who makes room looks for waiters then, or this sees the room.
         smp_mb();
-        let mut slept = false;
-        loop {
+        while !self.push(parts)? {
             let left = left();
             if left == 0 {
                 return Err(ETIMEDOUT);
@@ -163,19 +184,13 @@ impl StreamSocket {
             if current!().signal_pending() {
                 return Err(EINTR);
             }
-            if self.poll() & ENOUGH != 0 {
-                if !slept {
-                    // Either it has come just now, or what lacked was memory: give it a tick.
-                    waiter.wait(1);
-                }
-                return Ok(());
-            }
-            waiter.wait(left);
-            slept = true;
+            // If what lacks is memory, nobody tells when there is some.
+            waiter.wait(left.min(msecs_to_jiffies(MEMORY_CHECK_MS)));
         }
+        Ok(())
     }
 
-    /// Has those who sleep in [`Self::wait_for_room`] look at the time that they have left.
+    /// Has those who sleep in [`Self::send`] look at the time that they have left.
     pub fn wake(&self) {
         // SAFETY: `sock` is valid by the type invariant.
         let queue = unsafe { &raw mut (*self.sock.as_ptr()).wq.wait };
@@ -189,8 +204,7 @@ impl StreamSocket {
         self.poll() & (EPOLLERR | EPOLLHUP | EPOLLRDHUP) != 0
     }
 
-    /// Returns what `poll(2)` would. If there is no room for sending, those who wait on the
-    /// socket's queue are woken when there is.
+    /// Returns what `poll(2)` would.
     fn poll(&self) -> u32 {
         // SAFETY: `sock` is valid by the type invariant; the file of a socket never changes.
         let file = unsafe { (*self.sock.as_ptr()).file };
@@ -224,5 +238,19 @@ impl Drop for StreamSocket {
         let file = unsafe { (*self.sock.as_ptr()).file };
         // SAFETY: By the type invariant we own a reference to the file.
         unsafe { bindings::fput(file) };
+    }
+}
+
+/// Returns how many bytes `parts` have.
+pub fn total_len(parts: &[&[u8]]) -> usize {
+    parts.iter().map(|part| part.len()).sum()
+}
+
+/// Takes the first `n` bytes out of `parts`.
+fn advance(parts: &mut [&[u8]], mut n: usize) {
+    for part in parts {
+        let (_, rest) = part.split_at(n.min(part.len()));
+        n -= part.len() - rest.len();
+        *part = rest;
     }
 }

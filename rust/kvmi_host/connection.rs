@@ -37,7 +37,10 @@ use kvmi_abi::{
     Event,
     KvmiError, //
 };
-use kvmi_common::socket::StreamSocket;
+use kvmi_common::socket::{
+    total_len,
+    StreamSocket, //
+};
 use zerocopy::{
     FromZeros,
     IntoBytes, //
@@ -259,9 +262,9 @@ impl Turn<'_> {
     /// If a signal arrives in the middle of it, the rest is left to whoever sends next. Fails with
     /// `EINTR` if it arrives before that, `ETIMEDOUT` when `left` says 0.
     fn send<const N: usize>(&self, mut parts: [&[u8]; N], left: Left<'_>) -> Result {
-        let len = total(&parts);
-        match self.push(&mut parts, left) {
-            Err(e) if e == EINTR && total(&parts) < len => self.leave(&parts),
+        let len = total_len(&parts);
+        match self.0.socket.send(&mut parts, left) {
+            Err(e) if e == EINTR && total_len(&parts) < len => self.leave(&parts),
             result => result,
         }
     }
@@ -270,46 +273,19 @@ impl Turn<'_> {
     fn finish(&self, left: Left<'_>) -> Result {
         let rest = core::mem::take(&mut self.0.outgoing.lock().rest);
         let mut parts = [&rest[..]];
-        self.push(&mut parts, left).or_else(|e| {
+        self.0.socket.send(&mut parts, left).or_else(|e| {
             self.leave(&parts)?;
             Err(e)
         })
     }
 
-    /// Sends all of `parts`, or as much as can be sent: what was sent is taken out of them.
-    fn push<const N: usize>(&self, parts: &mut [&[u8]; N], left: Left<'_>) -> Result {
-        let socket = &self.0.socket;
-        while total(parts) > 0 {
-            match socket.send_now(parts) {
-                Ok(sent) => advance(parts, sent),
-                Err(e) if e == EAGAIN => socket.wait_for_room(left)?,
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
-    }
-
     /// Leaves the rest of a message to whoever sends next. Fails with `ENOMEM`.
     fn leave(&self, parts: &[&[u8]]) -> Result {
-        let mut rest = KVec::with_capacity(total(parts), GFP_KERNEL)?;
+        let mut rest = KVec::with_capacity(total_len(parts), GFP_KERNEL)?;
         for part in parts {
             rest.extend_from_slice(part, GFP_KERNEL)?;
         }
         self.0.outgoing.lock().rest = rest;
         Ok(())
-    }
-}
-
-/// Returns how many bytes `parts` have.
-fn total(parts: &[&[u8]]) -> usize {
-    parts.iter().map(|part| part.len()).sum()
-}
-
-/// Takes the first `n` bytes out of `parts`.
-fn advance(parts: &mut [&[u8]], mut n: usize) {
-    for part in parts {
-        let (_, rest) = part.split_at(n.min(part.len()));
-        n -= part.len() - rest.len();
-        *part = rest;
     }
 }

@@ -12,6 +12,7 @@ use harness::{Options, Test};
 mod address;
 mod backlog;
 mod commands;
+mod descriptors;
 mod device;
 mod framing;
 mod fuzz;
@@ -95,6 +96,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         smm::TESTS,
         signals::TESTS,
         backlog::TESTS,
+        descriptors::TESTS,
         time_limit::TESTS,
         hotplug::TESTS,
         tracing::TESTS,

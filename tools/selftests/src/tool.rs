@@ -131,6 +131,12 @@ impl Tool {
         done.expect("a connected socket can be shut down");
     }
 
+    /// The tool will receive nothing more.
+    pub fn finish_receiving(&self) {
+        let done = self.stream.shutdown(Shutdown::Read);
+        done.expect("a connected socket can be shut down");
+    }
+
     /// Sends bytes as they are, in one go.
     pub fn try_send_raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
