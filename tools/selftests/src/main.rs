@@ -8,6 +8,7 @@
 use std::{process::ExitCode, time::Duration};
 
 use harness::{Options, Test};
+use tiny_vm::{guest, memory};
 
 mod address;
 mod backlog;
@@ -16,7 +17,6 @@ mod descriptors;
 mod device;
 mod framing;
 mod fuzz;
-mod guest;
 mod guests;
 mod harness;
 mod hook;
@@ -26,7 +26,6 @@ mod inject_modes;
 mod jobs;
 mod lifecycle;
 mod masks;
-mod memory;
 mod pause;
 mod physical;
 mod registers;

@@ -15,7 +15,7 @@ use rustix::{
     ioctl::{ioctl, IntegerSetter, NoArg, Opcode, Setter, Updater},
     mm::{userfaultfd, UserfaultfdFlags},
     system::delete_module,
-    thread::{self, CapabilitySet, CpuSet},
+    thread::{self, CapabilitySet},
 };
 
 pub use rustix::io::Errno;
@@ -164,23 +164,6 @@ pub unsafe fn bytes_of<T>(value: &T) -> &[u8] {
 pub fn try_unload() -> Result<(), Errno> {
     const O_NONBLOCK: i32 = 0o4000;
     delete_module(c"kvmi_host", O_NONBLOCK)
-}
-
-/// Keeps the calling thread off CPU 0, if there is another one.
-///
-/// A race of an emulator makes guests that run there lose time.
-pub fn avoid_cpu0() {
-    let Ok(allowed) = thread::sched_getaffinity(None) else {
-        return;
-    };
-    let mut others = CpuSet::new();
-    for cpu in (1..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)) {
-        others.set(cpu);
-    }
-    if others.count() > 0 {
-        // Best effort: the tests are right without it.
-        let _ = thread::sched_setaffinity(None, &others);
-    }
 }
 
 /// Runs `action` in a thread that lacks `capability`.

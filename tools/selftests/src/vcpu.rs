@@ -48,9 +48,10 @@ pub struct Vcpu {
 impl Vcpu {
     /// Takes over a vCPU, which does not run yet.
     pub fn new(mut fd: VcpuFd, index: u32) -> Self {
+        tiny_vm::handle_signals();
         let (orders, todo) = mpsc::channel::<Order>();
         let thread = thread::spawn(move || {
-            sys::avoid_cpu0();
+            tiny_vm::avoid_cpu0();
             for order in todo {
                 order(&mut fd);
             }
