@@ -1,18 +1,23 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# kernel.sh FLAVOUR: builds the patched kernel of that flavour in the cache and
-# leaves what the lab boots in build/kernel/FLAVOUR.
+# kernel.sh FLAVOUR: builds the kernel of that flavour in the cache and leaves
+# what the lab boots in build/kernel/FLAVOUR.  All but "stock" have the series.
 
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/toolchain.sh"
 . "$(dirname "$0")/source.sh"
 
-flavour=$1
+flavour=$1 variant=
+fragments=("$ROOT/configs/lab.config")
 case $flavour in
-lab) fragments=("$ROOT/configs/lab.config") ;;
-debug) fragments=("$ROOT/configs/lab.config" "$ROOT/configs/debug.config") ;;
-*) die "unknown flavour: $flavour" "FLAVOUR=lab or FLAVOUR=debug" ;;
+lab) ;;
+debug) fragments+=("$ROOT/configs/debug.config") ;;
+stock)
+	fragments+=("$ROOT/configs/stock.config")
+	SERIES_DIR=$ROOT/patches/stock variant=-unpatched
+	;;
+*) die "unknown flavour: $flavour" "FLAVOUR=lab, FLAVOUR=debug or FLAVOUR=stock" ;;
 esac
 OUT=$ROOT/build/kernel/$flavour
 ARTIFACTS=(arch/x86/boot/bzImage System.map virt/lib/irqbypass.ko
@@ -33,7 +38,7 @@ configure() {
 	cat "${fragments[@]}" >"$O/kvmi.config"
 	kmake KCONFIG_ALLCONFIG="$O/kvmi.config" allnoconfig
 	# Kconfig drops silently what lacks a dependency.  The last word on a symbol counts.
-	awk -F = '/^CONFIG_/ { want[$1] = $0 } END { for (s in want) print want[s] }' "$O/kvmi.config" |
+	awk -F = '/^CONFIG_/ { want[$1] = $0 } END { for (s in want) if (want[s] !~ /=n$/) print want[s] }' "$O/kvmi.config" |
 		grep -vxFf "$O/.config" >"$O/kvmi.config.lost" || return 0
 	say "not in the configuration: $(tr '\n' ' ' <"$O/kvmi.config.lost")"
 	return 1
@@ -42,9 +47,12 @@ configure() {
 exec 9>"$CACHE/lock"
 flock -n 9 || { say "  waiting for another build in $CACHE"; flock 9; }
 
-prepare_source
+prepare_source "$variant"
 O=$TREE.$flavour
-[ "$SOURCE_ID" != own ] || O=$CACHE/own.$flavour
+if [ "$SOURCE_ID" = own ]; then
+	[ -z "$variant" ] || die "$KERNEL_SRC has the patch series" "KERNEL_SRC=/path/of/a/tree without it"
+	O=$CACHE/own.$flavour
+fi
 find_toolchain
 kernel_make_flags
 mkdir -p "$O" "$OUT"

@@ -151,6 +151,8 @@ tree_id() {
 	say "$id-$(realpath "$1" | sha256sum | head -c 8)"
 }
 
+# prepare_source [VARIANT]: with another series in SERIES_DIR than usual, the
+# tree needs a name of its own.
 prepare_source() {
 	local how from
 	[ -f "$SERIES_DIR/series" ] || die "no series in $SERIES_DIR"
@@ -172,7 +174,7 @@ prepare_source() {
 		fi
 		SOURCE_ID=$(basename "$from" _all.deb | sed -e 's/.*_//' -e 's/%3a/:/' | tr '~+:' '-')
 	fi
-	TREE=$CACHE/linux-$SOURCE_ID
+	TREE=$CACHE/linux-$SOURCE_ID${1:-}
 	[ -d "$TREE" ] || step "unpack linux $SOURCE_ID" "$OWN_SOURCE" unpack $how "$from"
 	series_in_sync && return
 	# A series that cannot be reversed leaves a tree of unknown content.
