@@ -37,6 +37,7 @@ pub struct Host {
     build: PathBuf,
     kernel: PathBuf,
     accel: Accel,
+    icount: bool,
     memory: String,
 }
 
@@ -88,7 +89,12 @@ impl Host {
             "{}: a kernel's command line cannot hold white space, nor QEMU's options a comma",
             build.display()
         );
+        ensure!(
+            !args.icount || args.accel != Accel::Kvm,
+            "only QEMU's emulation can count instructions: not '--accel kvm'"
+        );
         let accel = match args.accel {
+            _ if args.icount => Accel::Tcg,
             Accel::Auto if nested_kvm() => Accel::Kvm,
             Accel::Auto => Accel::Tcg,
             chosen => chosen,
@@ -102,6 +108,7 @@ impl Host {
             build,
             kernel,
             accel,
+            icount: args.icount,
             memory,
         })
     }
@@ -124,6 +131,10 @@ impl Host {
         let mut qemu = Command::new(QEMU);
         match self.accel {
             Accel::Kvm => qemu.args(["-accel", "kvm", "-cpu", "host"]),
+            // Instructions are counted while one CPU at a time runs; idle time passes at once.
+            _ if self.icount => qemu
+                .args(["-accel", "tcg,thread=single", "-cpu", "max"])
+                .args(["-icount", "shift=0,sleep=off"]),
             _ => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]),
         };
         // The default machine computes its interrupt routing in ACPI byte code, which on a debug

@@ -47,6 +47,9 @@ struct HostArgs {
     /// What runs the host's instructions.
     #[arg(long, value_enum, default_value = "auto", env = "LAB_ACCEL")]
     accel: Accel,
+    /// Has the host's clocks count executed instructions, one per nanosecond: slow, and exact.
+    #[arg(long)]
+    icount: bool,
     /// Memory of the host, as QEMU takes it; debug kernels need more than others.
     #[arg(long)]
     memory: Option<String>,
