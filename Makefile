@@ -12,7 +12,7 @@ LAB := tools/target/x86_64-unknown-linux-gnu/release/lab
 
 .NOTPARALLEL:
 .PHONY: help setup kernel lab-modules selftests tools guest demo test stress lab check \
-	modules modules_install clean distclean
+	bench modules modules_install clean distclean
 
 help:
 	@echo 'For a first look and for tests, on any machine (installs what it lacks):'
@@ -21,6 +21,7 @@ help:
 	@echo '  make stress             everything at once, for long  [FLAVOUR=lab|debug] [SECONDS=60]'
 	@echo '  make lab                a shell in the emulated host  [FLAVOUR=lab|debug]'
 	@echo '  make check              formatting, lints, unit tests'
+	@echo '  make bench              what introspection costs, compared with an unpatched kernel'
 	@echo
 	@echo 'For a kernel of your own, patched with patches/7.2:'
 	@echo '  make modules            build kvmi_host.ko against KDIR=/path/of/its/build'
@@ -28,7 +29,7 @@ help:
 	@echo
 	@echo 'Parts of the above:'
 	@echo '  make setup              install missing tools (Debian 12, 13)'
-	@echo '  make kernel             build the patched kernel      [FLAVOUR=lab|debug]'
+	@echo '  make kernel             build the patched kernel      [FLAVOUR=lab|debug|stock]'
 	@echo '  make tools              build the programs in tools/'
 	@echo '  make clean              remove what was built here'
 	@echo '  make distclean          remove the cache of kernels too'
@@ -72,6 +73,11 @@ lab: lab-modules tools guest
 check: FLAVOUR := lab
 check: kernel tools
 	@$(B)/check.sh
+
+bench: FLAVOUR := lab
+bench: lab-modules tools
+	@$(B)/kernel.sh stock
+	@$(B)/bench.sh
 
 modules modules_install:
 	@$(B)/modules.sh $(KDIR) build/modules/kdir $@

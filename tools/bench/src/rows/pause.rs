@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! Pauses: command and its reply, event and the reply to that, until the guest runs on.
+
+use std::io::{Read as _, Write as _};
+
+use anyhow::{ensure, Result};
+use kvmi_client::abi::{id::VCPU_EVENT, vcpu::EventReply, wire::Header, Event};
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use super::{
+    message::{Exchange, EVENT},
+    Bench, Row,
+};
+use crate::{
+    figure::Spread,
+    program::Program,
+    scene::{Scene, VCPU_CPU},
+};
+
+pub const PAUSE: &str = "pause, vCPU running";
+
+/// The rows of this file.
+pub const ROWS: &[Row] = &[Row::hooked(PAUSE, pause)];
+
+fn pause(bench: &Bench<'_>) -> Result<Spread> {
+    let scene = Scene::new(Program::Count, VCPU_CPU)?;
+    let mut tool = &scene.hook.tool;
+    let exchange = Exchange::pause();
+    // The reply and the event, in whatever order.
+    let mut both = vec![0; exchange.reply + EVENT];
+    bench.measure(|| {
+        tool.write_all(&exchange.request)?;
+        tool.read_exact(&mut both)?;
+        let count = scene.count();
+        tool.write_all(&answer(&both, exchange.reply)?)?;
+        scene.wait_until_counted_from(count)
+    })
+}
+
+/// The reply to the event among these two messages, which lets the vCPU go on.
+fn answer(both: &[u8], reply: usize) -> Result<Vec<u8>> {
+    let header = |at: usize| {
+        let bytes = both.get(at..).unwrap_or_default();
+        Header::read_from_prefix(bytes).map_err(|_| super::short())
+    };
+    let first = header(0)?.0;
+    let event = if first.id == VCPU_EVENT {
+        first
+    } else {
+        header(reply)?.0
+    };
+    ensure!(event.id == VCPU_EVENT, "no event: {first:?}, {event:?}");
+    let header = Header {
+        // Lossless: 16.
+        size: size_of::<EventReply>() as u16,
+        ..event
+    };
+    let reply = EventReply {
+        // Lossless: ids of events are below 20.
+        event: Event::Pause.id() as u8,
+        ..Default::default()
+    };
+    Ok([header.as_bytes(), reply.as_bytes()].concat())
+}
