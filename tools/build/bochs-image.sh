@@ -43,6 +43,10 @@ shift 3
 [[ ! $dir =~ [^A-Za-z0-9/._+@-] ]] || die "a name that a bochsrc cannot hold: $dir" "use another folder"
 [ -f "$CACHE/bochs/version" ] || die "no Bochs in $CACHE" "run tools/build/bochs.sh"
 version=$(cat "$CACHE/bochs/version")
+for file in /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32; do
+	[ -e "$file" ] || die "missing: $file" "'make setup', or install isolinux and syslinux"
+done
+command -v xorriso >/dev/null || die "missing: xorriso" "'make setup', or install it"
 
 arguments=(
 	'console=ttyS0,115200' # without the rate it is 9600 baud, in emulated time

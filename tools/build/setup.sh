@@ -9,9 +9,9 @@
 BINDGEN_VERSION=0.72.1
 
 COMMON_PACKAGES=(
-	bc bison build-essential busybox-static cpio curl flex kmod libdw-dev
-	libelf-dev libssl-dev patch python3 qemu-system-x86 rsync seabios util-linux
-	xz-utils
+	bc bison build-essential busybox-static cpio curl flex isolinux kmod
+	libdw-dev libelf-dev libssl-dev patch python3 qemu-system-x86 rsync seabios
+	syslinux-common util-linux xorriso xz-utils
 )
 
 packages_for() {

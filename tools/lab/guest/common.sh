@@ -14,5 +14,13 @@ else
 	VENDOR=intel
 fi
 
-load_kvm() { insmod "$KERNEL/irqbypass.ko" && insmod "$KERNEL/kvm.ko" && insmod "$KERNEL/kvm-$VENDOR.ko"; }
+# module_arguments MODULE: those that the kernel's command line has for it.
+module_arguments() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1\.//p"; }
+
+load_module() {
+	# shellcheck disable=SC2046  # one word for each argument
+	insmod "$KERNEL/$1.ko" $(module_arguments "$1")
+}
+
+load_kvm() { load_module irqbypass && load_module kvm && load_module "kvm-$VENDOR"; }
 unload_kvm() { rmmod "kvm-$VENDOR" kvm irqbypass; }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! The emulated host: which kernel, which emulator, which devices.
+//! The emulated host: its kernel, its scripts and the files of a run.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -11,34 +11,61 @@ use std::process::Command;
 use anyhow::{ensure, Context, Result};
 use clap::ValueEnum;
 
+use crate::bochs::Bochs;
+use crate::qemu::Qemu;
 use crate::HostArgs;
 
-/// PID 1 of the host, without its interpreter line and variables.
+/// PID 1 of the host, without what [`Host::write_scripts`] puts before it.
 const INIT: &str = include_str!("../guest/init");
 
-/// The guests' emulator and the host's, one and the same.
-const QEMU: &str = "qemu-system-x86_64";
+/// The kernel's arguments on any machine: what has to do with its log and its end.
+pub const KERNEL_ARGUMENTS: [&str; 6] = [
+    "loglevel=7",
+    "printk.devkmsg=on",
+    "panic=-1",
+    "oops=panic",
+    "kunit.enable=1",
+    "kunit.autorun=1",
+];
 
-/// What runs the host's instructions.
+/// What emulates the host.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Accel {
-    /// KVM where it offers nested virtualisation, TCG elsewhere.
-    Auto,
-    /// The machine's own KVM.
-    Kvm,
-    /// QEMU's emulation, which has AMD-V.
-    Tcg,
+pub enum MachineKind {
+    /// QEMU, which emulates AMD-V, or uses the machine's own KVM.
+    Qemu,
+    /// Bochs, which emulates Intel's VMX with EPT.
+    Bochs,
+}
+
+/// An emulator and its settings.
+pub trait Machine {
+    /// Its part of the host's init.
+    fn init(&self) -> &'static str;
+
+    /// Prepares a run whose scripts are in `dir`; the command starts the emulator, which leaves
+    /// its files in `dir` and ends when the host powers off.
+    fn prepare(&self, host: &Host, dir: &RunDir, job: &Job<'_>) -> Result<Command>;
+
+    /// Why the emulator says that it ended, if it was not for the host's powering off.
+    fn last_words(&self, dir: &RunDir) -> Option<String>;
 }
 
 /// An emulated host, ready to be started any number of times.
 pub struct Host {
     /// The flavour of its kernel.
     pub flavour: String,
+    /// The kernel's image.
+    pub kernel: PathBuf,
+    /// More arguments for the kernel.
+    pub append: Vec<String>,
+    /// Number of CPUs, if not the machine's default.
+    pub cpus: Option<u8>,
+    /// CPU model, if not the machine's default.
+    pub model: Option<String>,
+    /// Memory in MiB, if not the machine's default.
+    pub memory: Option<u32>,
     build: PathBuf,
-    kernel: PathBuf,
-    accel: Accel,
-    icount: bool,
-    memory: String,
+    machine: Box<dyn Machine>,
 }
 
 /// What a host runs as its only job.
@@ -58,14 +85,34 @@ pub enum Job<'a> {
 pub struct RunDir(tempfile::TempDir);
 
 impl RunDir {
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// The host's init.
+    pub fn init(&self) -> PathBuf {
+        self.path().join("init")
+    }
+
+    /// What the init runs.
+    pub fn command(&self) -> PathBuf {
+        self.path().join("command")
+    }
+
     /// The kernel's log.
     pub fn serial(&self) -> PathBuf {
-        self.0.path().join("serial.log")
+        self.path().join("serial.log")
+    }
+
+    /// The command's output.
+    pub fn out(&self) -> PathBuf {
+        self.path().join("out")
     }
 
     /// Heartbeats and the exit status.
     pub fn status(&self) -> PathBuf {
-        self.0.path().join("status")
+        self.path().join("status")
     }
 }
 
@@ -89,28 +136,30 @@ impl Host {
             "{}: a kernel's command line cannot hold white space, nor QEMU's options a comma",
             build.display()
         );
-        ensure!(
-            !args.icount || args.accel != Accel::Kvm,
-            "only QEMU's emulation can count instructions: not '--accel kvm'"
-        );
-        let accel = match args.accel {
-            _ if args.icount => Accel::Tcg,
-            Accel::Auto if nested_kvm() => Accel::Kvm,
-            Accel::Auto => Accel::Tcg,
-            chosen => chosen,
+        let machine: Box<dyn Machine> = match args.machine {
+            MachineKind::Qemu => Box::new(Qemu::new(args.accel, args.icount)?),
+            MachineKind::Bochs => Box::new(Bochs),
         };
-        let memory = args
-            .memory
-            .clone()
-            .unwrap_or_else(|| String::from(if args.flavour == "debug" { "6G" } else { "4G" }));
         Ok(Self {
             flavour: args.flavour.clone(),
-            build,
             kernel,
-            accel,
-            icount: args.icount,
-            memory,
+            append: args.append.clone(),
+            cpus: args.cpus,
+            model: args.model.clone(),
+            memory: args.memory,
+            build,
+            machine,
         })
+    }
+
+    /// The folder of the builds.
+    pub fn build(&self) -> &Path {
+        &self.build
+    }
+
+    /// The checkout that was built, which is the host's working directory.
+    pub fn checkout(&self) -> &Path {
+        self.build.parent().unwrap_or(&self.build)
     }
 
     /// The folder of the logs, which exists.
@@ -127,58 +176,19 @@ impl Host {
                 .prefix("run-")
                 .tempdir_in(self.logs()?)?,
         );
-        self.write_scripts(dir.0.path(), job)?;
-        let mut qemu = Command::new(QEMU);
-        match self.accel {
-            Accel::Kvm => qemu.args(["-accel", "kvm", "-cpu", "host"]),
-            // Instructions are counted while one CPU at a time runs; idle time passes at once.
-            _ if self.icount => qemu
-                .args(["-accel", "tcg,thread=single", "-cpu", "max"])
-                .args(["-icount", "shift=0,sleep=off"]),
-            _ => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]),
-        };
-        // The default machine computes its interrupt routing in ACPI byte code, which on a debug
-        // kernel takes longer than the 30 s that the kernel allows; this one has a table.
-        qemu.args(["-machine", "q35"]);
-        // One CPU more than what runs VMs uses: see guest/init.
-        qemu.args(["-machine", "q35", "-smp", "3", "-m", &self.memory]);
-        qemu.args(["-nodefaults", "-display", "none", "-no-reboot"]);
-        qemu.arg("-serial")
-            .arg(format!("file:{}", dir.serial().display()));
-        qemu.arg("-kernel").arg(&self.kernel);
-        // The kernel's check of its timer panics if a busy machine lets the emulator wait meanwhile.
-        qemu.arg("-append").arg(format!(
-            "console=ttyS0 loglevel=7 printk.devkmsg=on panic=-1 oops=panic tsc=reliable \
-             no_timer_check kunit.enable=1 kunit.autorun=1 \
-             i8042.noaux i8042.nokbd root=machine rootfstype=9p ro \
-             rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=262144 init={}/init",
-            dir.0.path().display()
-        ));
-        qemu.args([
-            "-fsdev",
-            "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
-        ]);
-        qemu.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=machine"]);
-        qemu.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
-        qemu.arg("-chardev")
-            .arg(format!("file,id=status,path={}", dir.status().display()));
-        qemu.args(["-device", "virtserialport,chardev=status,name=lab.status"]);
-        match job {
-            // Not "stdio": at the end of standard input it would hang up.
-            Job::Command(_) => {
-                qemu.args(["-chardev", "file,id=out,path=/dev/stdout"]);
-                qemu.args(["-device", "virtserialport,chardev=out,name=lab.out"]);
-            }
-            Job::Shell { .. } => {
-                qemu.args(["-chardev", "stdio,id=out,signal=off"]);
-                qemu.args(["-device", "virtconsole,chardev=out"]);
-            }
-        }
-        Ok((dir, qemu))
+        self.write_scripts(&dir, job)?;
+        // There before the emulator makes them, so that they can be followed from the start.
+        File::create(dir.out())?;
+        let command = self.machine.prepare(self, &dir, job)?;
+        Ok((dir, command))
     }
 
-    fn write_scripts(&self, dir: &Path, job: &Job<'_>) -> Result<()> {
-        let checkout = self.build.parent().unwrap_or(&self.build);
+    /// What the emulator of a run said about its end.
+    pub fn last_words(&self, dir: &RunDir) -> Option<String> {
+        self.machine.last_words(dir)
+    }
+
+    fn write_scripts(&self, dir: &RunDir, job: &Job<'_>) -> Result<()> {
         let (term, command) = match job {
             Job::Command(argv) => {
                 let words: Vec<String> = argv.iter().map(|word| quote(word)).collect();
@@ -192,15 +202,16 @@ impl Host {
                 format!("stty rows {rows} cols {columns} sane\nPS1='lab:\\w# ' exec bash --norc\n"),
             ),
         };
-        fs::write(dir.join("command"), command)?;
-        let mut init = File::create(dir.join("init"))?;
+        fs::write(dir.command(), command)?;
+        let mut init = File::create(dir.init())?;
         writeln!(
             init,
             "#!/bin/sh\nLAB_DIR={}\nLAB_CHECKOUT={}\nLAB_SHELL={}",
-            quote(&dir.to_string_lossy()),
-            quote(&checkout.to_string_lossy()),
+            quote(&dir.path().to_string_lossy()),
+            quote(&self.checkout().to_string_lossy()),
             quote(&term)
         )?;
+        init.write_all(self.machine.init().as_bytes())?;
         init.write_all(INIT.as_bytes())?;
         init.set_permissions(fs::Permissions::from_mode(0o755))?;
         Ok(())
@@ -210,20 +221,6 @@ impl Host {
 /// Quotes a word for the shell.
 fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
-}
-
-/// Whether this machine's KVM can run a host that runs guests itself.
-fn nested_kvm() -> bool {
-    let on = |module: &str| {
-        fs::read_to_string(format!("/sys/module/{module}/parameters/nested"))
-            .is_ok_and(|value| matches!(value.trim(), "1" | "Y"))
-    };
-    (on("kvm_amd") || on("kvm_intel"))
-        && OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .is_ok()
 }
 
 #[cfg(test)]

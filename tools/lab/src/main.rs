@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! Runs commands on an emulated KVM host: the patched kernel under QEMU, with
-//! the machine's own root file system below it, read-only.
+//! Runs commands on an emulated KVM host: the patched kernel under QEMU or Bochs.
 
+mod bochs;
 mod host;
 mod klog;
 mod ktap;
+mod qemu;
 mod session;
 
 use std::path::PathBuf;
@@ -15,7 +16,8 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
-use host::{Accel, Host};
+use host::{Host, MachineKind};
+use qemu::Accel;
 use session::{Ending, Outcome};
 
 /// How often a stalled emulator is started anew.
@@ -44,22 +46,34 @@ struct HostArgs {
     /// Folder of the builds and logs; its parent is the working directory on the host.
     #[arg(long, default_value = "build")]
     build: PathBuf,
-    /// What runs the host's instructions.
+    /// What emulates the host.
+    #[arg(long, value_enum, default_value = "qemu")]
+    machine: MachineKind,
+    /// What runs the host's instructions under QEMU.
     #[arg(long, value_enum, default_value = "auto", env = "LAB_ACCEL")]
     accel: Accel,
-    /// Has the host's clocks count executed instructions, one per nanosecond: slow, and exact.
+    /// Has the host's clocks count executed instructions, one per nanosecond: slow, and exact; QEMU.
     #[arg(long)]
     icount: bool,
-    /// Memory of the host, as QEMU takes it; debug kernels need more than others.
+    /// Number of CPUs of the host; by default 3 under QEMU, of which VMs use 2, and 1 under Bochs.
+    #[arg(long, value_name = "N")]
+    cpus: Option<u8>,
+    /// CPU model, of those that QEMU's -cpu or Bochs' cpu: takes; by default the richest that works.
     #[arg(long)]
-    memory: Option<String>,
+    model: Option<String>,
+    /// Memory of the host in MiB; debug kernels need more than others.
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
+    /// One more argument for the kernel, for instance kvm-intel.ept=0; may be repeated.
+    #[arg(long, value_name = "WORD")]
+    append: Vec<String>,
 }
 
 #[derive(Args)]
 struct RunArgs {
     #[command(flatten)]
     host: HostArgs,
-    /// Name of the kernel's log in BUILD/lab.
+    /// Name of the kernel's log, BUILD/lab/FLAVOUR-NAME.log.
     #[arg(long, default_value = "run")]
     name: String,
     /// Seconds after which the host is stopped and the run has failed.
@@ -101,7 +115,12 @@ fn run(args: &RunArgs) -> Result<ExitCode> {
     outcome.save_log(&log)?;
     let status = match outcome.ending {
         Ending::Exited(status) => status,
-        Ending::Died => complain(&format!("the host went down; log: {}", log.display()), 1),
+        Ending::Died => {
+            if let Some(words) = host.last_words(&outcome.dir) {
+                eprintln!("lab: {words}");
+            }
+            complain(&format!("the host went down; log: {}", log.display()), 1)
+        }
         Ending::Stalled => complain(&format!("no re-run left; log: {}", log.display()), 1),
         Ending::TimedOut => complain(
             &format!("stopped after {} s; log: {}", args.timeout, log.display()),

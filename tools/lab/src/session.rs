@@ -2,13 +2,12 @@
 
 //! One run of the host: starts the emulator, watches it and ends it.
 
-use std::fs;
-use std::io::{BufRead, BufReader};
+use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +18,9 @@ use rustix::termios::tcgetwinsize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::host::{Host, Job, RunDir};
+
+/// How often a run is looked at.
+const POLL: Duration = Duration::from_millis(50);
 
 /// How long a run and its silences may last.
 pub struct Limits {
@@ -47,7 +49,8 @@ pub enum Ending {
 pub struct Outcome {
     /// How it ended.
     pub ending: Ending,
-    dir: RunDir,
+    /// Its files.
+    pub dir: RunDir,
 }
 
 impl Outcome {
@@ -67,15 +70,16 @@ impl Outcome {
 struct Emulator(Child);
 
 impl Emulator {
-    /// Starts QEMU so that it cannot outlive this process.
-    fn start(mut qemu: Command) -> Result<Self> {
+    /// Starts it so that it cannot outlive this process.
+    fn start(mut command: Command) -> Result<Self> {
         // SAFETY: prctl() is a system call and safe between fork and exec.
         unsafe {
-            qemu.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
         }
-        let name = qemu.get_program().to_string_lossy().into_owned();
+        let name = command.get_program().to_string_lossy().into_owned();
         Ok(Self(
-            qemu.spawn()
+            command
+                .spawn()
                 .with_context(|| format!("cannot start {name}"))?,
         ))
     }
@@ -105,9 +109,9 @@ pub fn interactive(host: &Host) -> Result<()> {
         term,
         size: (size.ws_row, size.ws_col),
     };
-    let (_dir, qemu) = host.prepare(&job)?;
+    let (_dir, command) = host.prepare(&job)?;
     let stop = stop_flag()?;
-    let mut emulator = Emulator::start(qemu)?;
+    let mut emulator = Emulator::start(command)?;
     while emulator.0.try_wait()?.is_none() && !stop.load(Ordering::Relaxed) {
         thread::sleep(Duration::from_millis(100));
     }
@@ -121,57 +125,70 @@ pub fn run(
     limits: &Limits,
     mut line: impl FnMut(&str),
 ) -> Result<Outcome> {
-    let (dir, mut qemu) = host.prepare(&Job::Command(argv))?;
-    qemu.stdin(Stdio::null())
-        .stdout(Stdio::piped())
+    let (dir, mut command) = host.prepare(&Job::Command(argv))?;
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
         .process_group(0);
     let stop = stop_flag()?;
-    let mut emulator = Emulator::start(qemu)?;
-    let output = emulator
-        .0
-        .stdout
-        .take()
-        .context("no output of the emulator")?;
-    let (sender, lines) = mpsc::channel();
-    // Ends by itself: the pipe is closed when the emulator ends.
-    thread::spawn(move || {
-        let mut output = BufReader::new(output);
-        let mut bytes = Vec::new();
-        while output
-            .read_until(b'\n', &mut bytes)
-            .is_ok_and(|count| count != 0)
-        {
-            let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
-            if sender.send(text).is_err() {
-                break;
-            }
-            bytes.clear();
-        }
-    });
-
+    let mut emulator = Emulator::start(command)?;
     let start = Instant::now();
+    let mut output = Lines::new(&dir.out())?;
     let mut pulse = Pulse::new(&dir);
     let ending = loop {
-        match lines.recv_timeout(Duration::from_millis(200)) {
-            Ok(text) => {
-                pulse.beat();
-                line(&text);
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => {
-                emulator.0.wait()?;
-                break exit_status(&dir.status()).map_or(Ending::Died, Ending::Exited);
-            }
+        // Asked first: what is read then is all.
+        let ended = emulator.0.try_wait()?.is_some();
+        if output.read(&mut line)? {
+            pulse.beat();
         }
-        if stop.load(Ordering::Relaxed) {
+        if ended {
+            output.finish(&mut line);
+            break exit_status(&dir.status()).map_or(Ending::Died, Ending::Exited);
+        } else if stop.load(Ordering::Relaxed) {
             break Ending::Interrupted;
         } else if start.elapsed() > limits.total {
             break Ending::TimedOut;
         } else if pulse.silence() > limits.stall {
             break Ending::Stalled;
         }
+        thread::sleep(POLL);
     };
     Ok(Outcome { ending, dir })
+}
+
+/// The lines of a file that grows.
+struct Lines {
+    file: File,
+    /// What has no end of line yet.
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    fn new(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Self {
+            file,
+            rest: Vec::new(),
+        })
+    }
+
+    /// Hands on the lines that have come since the last call; whether anything has.
+    fn read(&mut self, line: &mut impl FnMut(&str)) -> Result<bool> {
+        let count = self.file.read_to_end(&mut self.rest)?;
+        if let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') {
+            let rest = self.rest.split_off(end + 1);
+            let whole = std::mem::replace(&mut self.rest, rest);
+            String::from_utf8_lossy(&whole).lines().for_each(line);
+        }
+        Ok(count != 0)
+    }
+
+    /// Hands on a last line that has no end.
+    fn finish(self, line: &mut impl FnMut(&str)) {
+        if !self.rest.is_empty() {
+            line(&String::from_utf8_lossy(&self.rest));
+        }
+    }
 }
 
 /// A flag that the usual signals set.
@@ -224,4 +241,36 @@ fn exit_status(status: &Path) -> Option<u8> {
         .trim()
         .parse()
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+
+    use super::{exit_status, Lines};
+
+    #[test]
+    fn follows_lines_of_a_growing_file() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let mut output = Lines::new(file.path()).unwrap();
+        let mut seen = Vec::new();
+        let mut line = |text: &str| seen.push(text.to_owned());
+        assert!(!output.read(&mut line).unwrap());
+        file.write_all(b"one\ntw").unwrap();
+        assert!(output.read(&mut line).unwrap());
+        file.write_all(b"o\r\n\nrest").unwrap();
+        assert!(output.read(&mut line).unwrap());
+        output.finish(&mut line);
+        assert_eq!(seen, ["one", "two", "", "rest"]);
+    }
+
+    #[test]
+    fn takes_the_status_that_was_written_last() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "alive\nalive\n").unwrap();
+        assert_eq!(exit_status(file.path()), None);
+        fs::write(file.path(), "alive\nexit 7\nalive\n").unwrap();
+        assert_eq!(exit_status(file.path()), Some(7));
+    }
 }
