@@ -4,6 +4,7 @@
 
 FLAVOUR ?= lab
 SECONDS ?= 60
+VENDOR ?= all
 KDIR ?= /lib/modules/$(shell uname -r)/build
 export V FLAVOUR KDIR KERNEL_SRC KERNEL_TARBALL KVMI_CACHE
 
@@ -11,13 +12,14 @@ B := tools/build
 LAB := tools/target/x86_64-unknown-linux-gnu/release/lab
 
 .NOTPARALLEL:
-.PHONY: help setup kernel lab-modules selftests tools guest demo test stress lab check \
+.PHONY: help setup kernel lab-modules selftests tools guest bochs demo test stress lab check \
 	bench modules modules_install clean distclean
 
 help:
 	@echo 'For a first look and for tests, on any machine (installs what it lacks):'
 	@echo '  make demo               look into a running guest from outside'
-	@echo '  make test               all tests in an emulated host [FLAVOUR=lab|debug]'
+	@echo '  make test               all tests in emulated hosts   [FLAVOUR=lab|debug]'
+	@echo '                                                        [VENDOR=amd|intel]'
 	@echo '  make stress             everything at once, for long  [FLAVOUR=lab|debug] [SECONDS=60]'
 	@echo '  make lab                a shell in the emulated host  [FLAVOUR=lab|debug]'
 	@echo '  make check              formatting, lints, unit tests'
@@ -55,20 +57,23 @@ tools: setup
 guest: setup
 	@$(B)/guest.sh
 
+# The host machine for Intel; QEMU is the other one.
+bochs: setup
+	@$(B)/bochs.sh
+
 demo: FLAVOUR := lab
 demo: lab-modules tools guest
 	@$(LAB) run --flavour $(FLAVOUR) --name demo -- sh tools/lab/guest/demo.sh
 
-test: lab-modules selftests tools guest
-	@$(LAB) run --flavour $(FLAVOUR) --name test --ktap --timeout 3000 -- \
-		sh tools/lab/guest/test.sh $(FLAVOUR)
+test: lab-modules selftests tools guest $(if $(filter amd,$(VENDOR)),,bochs)
+	@$(B)/test.sh $(FLAVOUR) $(VENDOR)
 
 stress: lab-modules tools
 	@$(LAB) run --flavour $(FLAVOUR) --name stress --timeout $$((2 * $(SECONDS) + 600)) -- \
 		sh tools/lab/guest/stress.sh $(FLAVOUR) $(SECONDS)
 
 lab: lab-modules tools guest
-	@$(LAB) shell --flavour $(FLAVOUR)
+	@$(LAB) shell --flavour $(FLAVOUR) $(if $(filter intel,$(VENDOR)),--machine bochs)
 
 check: FLAVOUR := lab
 check: kernel tools

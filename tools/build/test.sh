@@ -1,0 +1,41 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# test.sh FLAVOUR [VENDOR]: all tests in the emulated host of that vendor, amd
+# or intel, or in both.  The last line sums up everything.
+
+. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/parts.sh"
+
+cd "$ROOT"
+LAB=tools/target/x86_64-unknown-linux-gnu/release/lab
+flavour=$1 vendor=${2:-all}
+
+# in_host NAME OPTION… -- ARGUMENT…: guest/test.sh with these arguments.
+in_host() {
+	local name=$1 options=()
+	shift
+	while [ "$1" != -- ]; do
+		options+=("$1")
+		shift
+	done
+	shift
+	part "$LAB" run --flavour "$flavour" --name "$name" --ktap --timeout 3000 "${options[@]}" -- \
+		sh tools/lab/guest/test.sh "$flavour" "$@"
+}
+
+test_amd() { in_host test -- ; }
+
+# Two CPUs make races possible, one makes vCPUs take turns; KVM's own selftests
+# would tell nothing more on two.  They need another model than the default.
+test_intel() {
+	in_host test-intel --machine bochs --model corei7_skylake_x --
+	in_host test-intel-smp --machine bochs --cpus 2 -- kvmi_test
+}
+
+case $vendor in
+amd | intel) "test_$vendor" ;;
+all) test_amd; test_intel ;;
+*) die "unknown vendor: $vendor" "VENDOR=amd, VENDOR=intel, or none for both" ;;
+esac
+close_parts
