@@ -2,12 +2,17 @@
 
 //! Bochs as the host machine, for Intel's VMX: its root is an initramfs with what the tests need.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
+use rustix::fs::{open, Mode, OFlags};
+use rustix::process::Pid;
 
 use crate::host::{Host, Job, Machine, RunDir, KERNEL_ARGUMENTS};
 
@@ -50,6 +55,22 @@ impl Machine for Bochs {
         Ok(command)
     }
 
+    /// Its display draws on a pseudo-terminal that it opens for itself.  Nobody looks at that, and
+    /// once some 20 kB have piled up there, Bochs stands still: they are read and dropped.
+    fn attend(&self, emulator: Pid) {
+        thread::spawn(move || loop {
+            match screen(emulator) {
+                Ok(Some(mut screen)) => {
+                    // Ends with an error when the emulator does.
+                    let _ = io::copy(&mut screen, &mut io::sink());
+                    break;
+                }
+                Ok(None) => thread::sleep(Duration::from_millis(50)),
+                Err(_) => break, // it has ended
+            }
+        });
+    }
+
     fn last_words(&self, dir: &RunDir) -> Option<String> {
         let log = fs::read(dir.path().join("bochs.log")).ok()?;
         String::from_utf8_lossy(&log)
@@ -57,6 +78,23 @@ impl Machine for Bochs {
             .find(|line| line.contains(">>PANIC<<"))
             .map(|line| format!("Bochs: {line}"))
     }
+}
+
+/// The other end of the pseudo-terminal that a process has opened, if it has by now.
+fn screen(process: Pid) -> io::Result<Option<File>> {
+    for entry in fs::read_dir(format!("/proc/{}/fdinfo", process.as_raw_nonzero()))? {
+        // A descriptor may be closed between the two steps.
+        let info = fs::read_to_string(entry?.path()).unwrap_or_default();
+        let index = info
+            .lines()
+            .find_map(|line| line.strip_prefix("tty-index:"));
+        if let Some(index) = index {
+            let name = format!("/dev/pts/{}", index.trim());
+            let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
+            return Ok(Some(File::from(open(name, flags, Mode::empty())?)));
+        }
+    }
+    Ok(None)
 }
 
 /// Makes the folder that becomes the initramfs.

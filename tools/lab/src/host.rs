@@ -10,6 +10,7 @@ use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
 use clap::ValueEnum;
+use rustix::process::Pid;
 
 use crate::bochs::Bochs;
 use crate::qemu::Qemu;
@@ -45,6 +46,9 @@ pub trait Machine {
     /// Prepares a run whose scripts are in `dir`; the command starts the emulator, which leaves
     /// its files in `dir` and ends when the host powers off.
     fn prepare(&self, host: &Host, dir: &RunDir, job: &Job<'_>) -> Result<Command>;
+
+    /// Does what the emulator of a run needs while it runs.
+    fn attend(&self, emulator: Pid);
 
     /// Why the emulator says that it ended, if it was not for the host's powering off.
     fn last_words(&self, dir: &RunDir) -> Option<String>;
@@ -181,6 +185,11 @@ impl Host {
         File::create(dir.out())?;
         let command = self.machine.prepare(self, &dir, job)?;
         Ok((dir, command))
+    }
+
+    /// Is told that the emulator of a run has been started.
+    pub fn attend(&self, emulator: Pid) {
+        self.machine.attend(emulator);
     }
 
     /// What the emulator of a run said about its end.

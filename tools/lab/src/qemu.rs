@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{ensure, Result};
 use clap::ValueEnum;
+use rustix::process::Pid;
 
 use crate::host::{Host, Job, Machine, RunDir, KERNEL_ARGUMENTS};
 
@@ -113,6 +114,8 @@ impl Machine for Qemu {
         }
         Ok(qemu)
     }
+
+    fn attend(&self, _emulator: Pid) {}
 
     fn last_words(&self, _dir: &RunDir) -> Option<String> {
         None // It has said them on standard error.

@@ -132,6 +132,7 @@ pub fn run(
         .process_group(0);
     let stop = stop_flag()?;
     let mut emulator = Emulator::start(command)?;
+    host.attend(Pid::from_child(&emulator.0));
     let start = Instant::now();
     let mut output = Lines::new(&dir.out())?;
     let mut pulse = Pulse::new(&dir);
