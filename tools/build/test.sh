@@ -31,7 +31,7 @@ test_amd() { in_host test -- ; }
 # The debug kernel takes minutes for its boot alone.
 test_intel() {
 	if [ "$flavour" = debug ]; then
-		in_host test-intel --machine bochs -- kvmi_test
+		in_host test-intel --machine bochs --append pci=off -- kvmi_test
 		return
 	fi
 	in_host test-intel --machine bochs --model corei7_skylake_x --
