@@ -27,7 +27,7 @@ struct kvm_vcpu;
 struct module;
 
 /* Bumped with every change of this interface; checked at registration. */
-#define KVM_INTROSPECTION_ABI	2
+#define KVM_INTROSPECTION_ABI	3
 
 /**
  * enum kvmi_slot_change - what happened to a memory slot
@@ -75,6 +75,45 @@ struct kvmi_exception {
 };
 
 #define KVMI_NO_EXCEPTION	0xff
+
+/* Kinds of access to guest memory. */
+#define KVMI_ACCESS_R	1
+#define KVMI_ACCESS_W	2
+#define KVMI_ACCESS_X	4
+#define KVMI_ACCESS_ALL	(KVMI_ACCESS_R | KVMI_ACCESS_W | KVMI_ACCESS_X)
+
+/**
+ * struct kvmi_page_access - what a guest may not do with a page
+ * @gfn: the page
+ * @denied: mask of %KVMI_ACCESS_R, %KVMI_ACCESS_W, %KVMI_ACCESS_X; 0 for an
+ *	ordinary page
+ * @error: out: 0 or an error that concerns this page only
+ */
+struct kvmi_page_access {
+	u64 gfn;
+	u32 denied;
+	s32 error;
+};
+
+/* The access is one of the CPU's own, while it walks the guest's page tables. */
+#define KVMI_VIOLATION_WALK	1
+/* @gva is known. */
+#define KVMI_VIOLATION_GVA	2
+
+/**
+ * struct kvmi_violation - the guest tries what it is denied
+ * @gva: (linear) address that the guest uses, if known
+ * @gpa: guest physical address that this leads to
+ * @access: one of %KVMI_ACCESS_R, %KVMI_ACCESS_W, %KVMI_ACCESS_X; an instruction
+ *	that reads and writes memory writes
+ * @flags: mask of %KVMI_VIOLATION_WALK and %KVMI_VIOLATION_GVA
+ */
+struct kvmi_violation {
+	u64 gva;
+	u64 gpa;
+	u32 access;
+	u32 flags;
+};
 
 /**
  * struct kvm_introspection_ops - the provider's callbacks
@@ -140,6 +179,13 @@ int kvmi_vm_next_memory(struct kvm *kvm, u64 gpa, u64 *start, u64 *size);
 int kvmi_vm_read_gpa(struct kvm *kvm, u64 gpa, void *buf, u32 len);
 int kvmi_vm_write_gpa(struct kvm *kvm, u64 gpa, const void *buf, u32 len);
 
+/* For the provider: access of the guest to its memory. */
+bool kvmi_access_can_deny(u32 denied);
+int kvmi_vm_set_access(struct kvm *kvm, struct kvmi_page_access *pages,
+		       u32 count);
+u32 kvmi_vm_next_access(struct kvm *kvm, u64 *gfn);
+void kvmi_vm_clear_access(struct kvm *kvm);
+
 /* For the provider: vCPUs. */
 void kvmi_vcpu_request(struct kvm_vcpu *vcpu);
 void kvmi_vcpu_request_sync(struct kvm_vcpu *vcpu);
@@ -166,5 +212,11 @@ bool kvmi_vcpu_is_initialized(struct kvm_vcpu *vcpu);
 /* For the provider: exceptions. */
 int kvmi_vcpu_inject(struct kvm_vcpu *vcpu, const struct kvmi_exception *ex);
 bool kvmi_vcpu_get_trap(struct kvm_vcpu *vcpu, struct kvmi_exception *ex);
+
+/* For the provider: accesses that are denied. */
+bool kvmi_vcpu_get_violation(struct kvm_vcpu *vcpu,
+			     struct kvmi_violation *violation);
+void kvmi_vcpu_permit(struct kvm_vcpu *vcpu,
+		      const struct kvmi_violation *violation);
 
 #endif /* __KVM_INTROSPECTION_H */
