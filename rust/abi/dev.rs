@@ -30,6 +30,14 @@ pub const VM_MEMORY: u32 = iowr::<VmMemory>(KVMI_IO, 0x02);
 /// is hooked, or gets hooked next.
 pub const EVENT_TIMEOUT: u32 = crate::ioctl::iow::<EventTimeout>(KVMI_IO, 0x03);
 
+/// Says whether PF events are also sent for accesses of the CPU to the guest's page tables: takes a
+/// [`PageWalks`]. Concerns what is hooked, or gets hooked next.
+pub const PAGE_WALKS: u32 = crate::ioctl::iow::<PageWalks>(KVMI_IO, 0x04);
+
+/// Tells which pages of a VM are restricted: takes and gives back a [`VmAccess`]; fails with
+/// `ENOENT` if none is from the address given on.
+pub const VM_ACCESS: u32 = iowr::<VmAccess>(KVMI_IO, 0x05);
+
 /// Argument of [`ATTACH`] (`kvmi_dev_attach`).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -115,6 +123,34 @@ pub struct EventTimeout {
     pub padding: u32,
 }
 
+/// Argument of [`PAGE_WALKS`] (`kvmi_dev_page_walks`).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct PageWalks {
+    /// 1 if there shall be events, 0 if such accesses are allowed without one.
+    pub report: u32,
+    /// 0.
+    pub padding: u32,
+}
+
+/// Argument of [`VM_ACCESS`] (`kvmi_dev_vm_access`).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct VmAccess {
+    /// VM file descriptor, in the calling process.
+    pub vm_fd: i32,
+    /// Out: what the guest may do, see [`crate::access`].
+    pub access: u32,
+    /// In: where to look from on. Out: begin of the first restricted pages.
+    pub gpa: u64,
+    /// Out: bytes from there on of which the guest may do the same.
+    pub size: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,5 +161,7 @@ mod tests {
         assert_eq!(VM_STATUS, 0xC058_B901);
         assert_eq!(VM_MEMORY, 0xC018_B902);
         assert_eq!(EVENT_TIMEOUT, 0x4008_B903);
+        assert_eq!(PAGE_WALKS, 0x4008_B904);
+        assert_eq!(VM_ACCESS, 0xC018_B905);
     }
 }

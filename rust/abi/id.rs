@@ -98,7 +98,7 @@ ids! {
         /// Whether unhooking restores interceptions.
         VmControlCleanup = 18, "VM_CONTROL_CLEANUP", true;
         /// Restricts access to pages.
-        VmSetPageAccess = 20, "VM_SET_PAGE_ACCESS", false;
+        VmSetPageAccess = 20, "VM_SET_PAGE_ACCESS", true;
         /// TSC frequency.
         VcpuGetInfo = 3, "VCPU_GET_INFO", true;
         /// Switches an event of a vCPU on or off.
@@ -158,9 +158,16 @@ ids! {
         /// The guest writes an MSR.
         Msr = 15, "MSR", false;
         /// The guest accesses a restricted page.
-        Pf = 17, "PF", false;
+        Pf = 17, "PF", true;
         /// The guest has executed one instruction.
         Singlestep = 19, "SINGLESTEP", false;
+    }
+}
+
+impl Event {
+    /// Whether it interrupts an instruction that can be run again.
+    pub const fn can_retry(self) -> bool {
+        matches!(self, Self::Breakpoint | Self::Descriptor | Self::Pf)
     }
 }
 

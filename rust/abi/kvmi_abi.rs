@@ -14,6 +14,7 @@
 #![cfg_attr(not(any(MODULE, test)), no_std)]
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod arch;
 pub mod command;
 pub mod dev;

@@ -3,6 +3,7 @@
 //! From a message to a request: every check that needs no VM.
 
 use crate::{
+    access::PageList,
     command::{flag, CheckId, ControlCleanup, ControlEvents, GuestRange},
     error::KvmiError,
     id::{Command, Event, Scope, VCPU_EVENT},
@@ -56,6 +57,8 @@ pub enum Request<'a> {
         /// Whether unhooking restores interceptions.
         enable: bool,
     },
+    /// `VM_SET_PAGE_ACCESS`
+    SetPageAccess(PageList<'a>),
     /// A command for a vCPU.
     Vcpu(VcpuMessage<'a>),
     /// The reply to an event of a vCPU.
@@ -117,6 +120,7 @@ impl<'a> Request<'a> {
             Command::VmWritePhysical => write_physical(payload),
             Command::VmControlCleanup => control_cleanup(payload),
             Command::VmPauseVcpu => pause_vcpu(payload, policy),
+            Command::VmSetPageAccess => PageList::parse(payload).map(Self::SetPageAccess),
             _ => Ok(Self::Vcpu(VcpuMessage::parse(command, payload)?)),
         }
     }

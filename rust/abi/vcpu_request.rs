@@ -251,8 +251,7 @@ impl EventAnswer {
             .filter(|e| e.is_served() && e.scope() == Scope::Vcpu)
             .ok_or(MALFORMED)?;
         let action = Action::from_code(reply.action).ok_or(MALFORMED)?;
-        // PAUSE and TRAP interrupt no instruction that could be run again.
-        if action == Action::Retry {
+        if action == Action::Retry && !event.can_retry() {
             return Err(MALFORMED);
         }
         Ok(Self {

@@ -140,14 +140,18 @@ fn answer_must_be_of_exact_size_with_zero_padding() {
 }
 
 #[test]
-fn only_continue_and_crash_answer_pause_and_trap() {
+fn only_what_interrupts_an_instruction_can_be_retried() {
     for event in [1, 9] {
         for action in 0..=u8::MAX {
             let answered = EventAnswer::parse(answer(event, action).as_bytes());
             assert_eq!(answered.is_ok(), action == 0 || action == 2);
         }
     }
-    for event in [0, 2, 3, 5, 17, 0xff] {
+    for action in 0..=u8::MAX {
+        let answered = EventAnswer::parse(answer(17, action).as_bytes());
+        assert_eq!(answered.is_ok(), action <= 2, "PF, action {action}");
+    }
+    for event in [0, 2, 3, 5, 0xff] {
         assert!(EventAnswer::parse(answer(event, 0).as_bytes()).is_err());
     }
 }

@@ -151,6 +151,23 @@ struct kvmi_vm_control_cleanup {
 	__u8 padding[7];
 };
 
+#define KVMI_PAGE_ACCESS_R (1 << 0)
+#define KVMI_PAGE_ACCESS_W (1 << 1)
+#define KVMI_PAGE_ACCESS_X (1 << 2)
+
+struct kvmi_page_access_entry {
+	__u64 gpa;
+	__u8 access;		/* what is allowed: KVMI_PAGE_ACCESS_* */
+	__u8 padding[7];
+};
+
+struct kvmi_vm_set_page_access {
+	__u16 count;
+	__u16 padding1;
+	__u32 padding2;
+	struct kvmi_page_access_entry entries[];
+};
+
 /*
  * Requests of vCPU commands follow a struct kvmi_vcpu_hdr, replies a struct
  * kvmi_error_code.
@@ -268,6 +285,18 @@ struct kvmi_vcpu_event_trap {
 	__u64 address;		/* CR2, for a page fault */
 };
 
+/* The gva of a PF event whose gva is not known. */
+#define KVMI_GVA_UNKNOWN (~0ULL)
+
+struct kvmi_vcpu_event_pf {
+	__u64 gva;
+	__u64 gpa;
+	__u8 access;		/* what the guest tries: one of KVMI_PAGE_ACCESS_* */
+	__u8 padding1;
+	__u16 padding2;
+	__u32 padding3;
+};
+
 /* What to do about a vCPU event. */
 enum {
 	KVMI_EVENT_ACTION_CONTINUE	= 0,	/* go on as if not introspected */
@@ -365,10 +394,25 @@ struct kvmi_dev_event_timeout {
 	__u32 padding;
 };
 
+/* Whether accesses of the CPU to the guest's page tables make PF events. */
+struct kvmi_dev_page_walks {
+	__u32 report;
+	__u32 padding;
+};
+
+struct kvmi_dev_vm_access {
+	__s32 vm_fd;
+	__u32 access;		/* out: what is allowed, KVMI_PAGE_ACCESS_* */
+	__u64 gpa;		/* in: from where on; out: first restricted page */
+	__u64 size;		/* out: of which the same is allowed */
+};
+
 #define KVMI_IO 0xB9
 #define KVMI_DEV_ATTACH    _IOW(KVMI_IO, 0x00, struct kvmi_dev_attach)
 #define KVMI_DEV_VM_STATUS _IOWR(KVMI_IO, 0x01, struct kvmi_dev_vm_status)
 #define KVMI_DEV_VM_MEMORY _IOWR(KVMI_IO, 0x02, struct kvmi_dev_vm_memory)
 #define KVMI_DEV_EVENT_TIMEOUT _IOW(KVMI_IO, 0x03, struct kvmi_dev_event_timeout)
+#define KVMI_DEV_PAGE_WALKS _IOW(KVMI_IO, 0x04, struct kvmi_dev_page_walks)
+#define KVMI_DEV_VM_ACCESS _IOWR(KVMI_IO, 0x05, struct kvmi_dev_vm_access)
 
 #endif /* _UAPI_LINUX_KVMI_H */

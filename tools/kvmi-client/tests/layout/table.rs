@@ -3,6 +3,7 @@
 //! Everything that Rust and C both define, under its name in C, with what Rust says about it.
 
 use kvmi_client::abi::{
+    access as page_access,
     arch::{DescriptorTable, EventMsrs, Regs, Segment, Sregs, VcpuEventArch},
     command::{
         CheckId, ControlCleanup, ControlEvents, Features, GetVersionReply, GuestRange, VmInfo,
@@ -53,7 +54,8 @@ macro_rules! describe {
     };
 }
 
-// Below the macro, which it uses.
+// Below the macro, which they use.
+mod access;
 mod vcpu;
 
 /// All structures.
@@ -62,6 +64,7 @@ pub fn structs() -> Vec<Struct> {
     all.extend(control());
     all.extend(registers());
     all.extend(vcpu::structs());
+    all.extend(access::structs());
     all
 }
 
@@ -344,6 +347,12 @@ pub fn constants() -> Vec<(String, i64)> {
         ("KVMI_DEV_VM_STATUS", dev::VM_STATUS.into()),
         ("KVMI_DEV_VM_MEMORY", dev::VM_MEMORY.into()),
         ("KVMI_DEV_EVENT_TIMEOUT", dev::EVENT_TIMEOUT.into()),
+        ("KVMI_DEV_PAGE_WALKS", dev::PAGE_WALKS.into()),
+        ("KVMI_DEV_VM_ACCESS", dev::VM_ACCESS.into()),
+        ("KVMI_PAGE_ACCESS_R", page_access::R.into()),
+        ("KVMI_PAGE_ACCESS_W", page_access::W.into()),
+        ("KVMI_PAGE_ACCESS_X", page_access::X.into()),
+        ("KVMI_GVA_UNKNOWN", page_access::GVA_UNKNOWN as i64),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();
