@@ -4,6 +4,7 @@
 
 use kernel::prelude::*;
 use kvmi_abi::{
+    access::MAX_PAGES,
     command::{
         Features,
         GetVersionReply,
@@ -18,23 +19,32 @@ use kvmi_abi::{
 use zerocopy::IntoBytes;
 
 use crate::{
-    kvm::Provider,
+    kvm::{
+        Provider,
+        Restriction, //
+    },
     session::Session, //
 };
 
-/// Where the data of a reply is put together.
-pub(crate) struct Scratch(KVec<u8>);
+/// Where a command's data is put together.
+pub(crate) struct Scratch {
+    reply: KVec<u8>,
+    restrictions: KVec<Restriction>,
+}
 
 impl Scratch {
     /// Allocates one.
     pub(crate) fn new() -> Result<Self> {
-        Ok(Self(KVec::from_elem(0, MAX_MEMORY_ACCESS, GFP_KERNEL)?))
+        Ok(Self {
+            reply: KVec::from_elem(0, MAX_MEMORY_ACCESS, GFP_KERNEL)?,
+            restrictions: KVec::with_capacity(MAX_PAGES, GFP_KERNEL)?,
+        })
     }
 
     /// Puts `value` in and returns its bytes.
     fn put<T: IntoBytes + zerocopy::Immutable>(&mut self, value: &T) -> Result<&[u8], KvmiError> {
-        let len = put(&mut self.0, value)?;
-        Ok(self.0.get(..len).unwrap_or_default())
+        let len = put(&mut self.reply, value)?;
+        Ok(self.reply.get(..len).unwrap_or_default())
     }
 }
 
@@ -76,7 +86,7 @@ pub(crate) fn execute<'a>(
             Ok(NOTHING)
         }
         Request::ReadPhysical { gpa, len } => {
-            let buf = scratch.0.get_mut(..len).ok_or(KvmiError::Inval)?;
+            let buf = scratch.reply.get_mut(..len).ok_or(KvmiError::Inval)?;
             session.vm().read(gpa, buf)?;
             Ok(buf)
         }
@@ -90,6 +100,16 @@ pub(crate) fn execute<'a>(
         }
         Request::ControlCleanup { enable } => {
             session.control_cleanup(enable);
+            Ok(NOTHING)
+        }
+        Request::SetPageAccess(list) => {
+            let pages = &mut scratch.restrictions;
+            pages.clear();
+            for page in list.pages() {
+                let pushed = pages.push_within_capacity(Restriction::new(&page));
+                pushed.map_err(|_| KvmiError::TooBig)?;
+            }
+            session.vm().set_access(pages)?;
             Ok(NOTHING)
         }
         // Not commands of the VM: see the receiver.

@@ -3,6 +3,7 @@
 //! `/dev/kvmi`: the door for VMMs that know nothing of introspection.
 
 use kernel::{
+    current,
     fs::File,
     miscdevice::{
         MiscDevice,
@@ -17,23 +18,30 @@ use kernel::{
     }, //
 };
 use kvmi_abi::{
+    access::{
+        ALL,
+        PAGE_SIZE, //
+    },
     dev::{
         Attach,
         EventTimeout,
+        PageWalks,
+        VmAccess,
         VmMemory,
         VmStatus,
         ATTACH,
         EVENT_TIMEOUT,
+        PAGE_WALKS,
         STATUS_DISCONNECTED,
         STATUS_HOOKED,
+        VM_ACCESS,
         VM_MEMORY,
         VM_STATUS, //
     },
     ioctl::{
         COMMAND,
         EVENT, //
-    },
-    Policy, //
+    }, //
 };
 
 use crate::{
@@ -44,11 +52,12 @@ use crate::{
     },
     kvm::VmRef,
     registry,
-    session::{
+    session::Session,
+    settings::{
         command_change,
         event_change,
         feature_errno,
-        Session, //
+        Settings, //
     }, //
 };
 
@@ -56,10 +65,8 @@ use crate::{
 #[derive(Default)]
 struct State {
     session: Option<Arc<Session>>,
-    /// What the tool may do from its first command on, if a VM gets hooked.
-    policy: Policy,
-    /// How long vCPUs wait for it then, if that was said.
-    event_timeout_ms: Option<u32>,
+    /// For the VM that gets hooked next, from the tool's first command on.
+    settings: Settings,
 }
 
 /// An open file of the device. Closing it unhooks the VM that was hooked through it.
@@ -96,6 +103,12 @@ impl MiscDevice for DeviceFile {
                 Ok(0)
             }
             EVENT_TIMEOUT => me.set_event_timeout(read_arg(arg)?),
+            PAGE_WALKS => me.report_page_walks(read_arg(arg)?),
+            VM_ACCESS => {
+                let access = vm_access(read_arg(arg)?)?;
+                write_arg(arg, &access)?;
+                Ok(0)
+            }
             _ => {
                 // Not under the lock: the session has its own, and PREUNHOOK may sleep.
                 let session = me.state.lock().session.clone();
@@ -123,8 +136,7 @@ impl DeviceFile {
             &vm,
             attach.socket_fd,
             attach.uuid,
-            state.policy,
-            state.event_timeout_ms,
+            state.settings,
         )?;
         let old = state.session.replace(session);
         // Putting the last reference to the VM unhooks it, and the old session goes with its
@@ -139,9 +151,23 @@ impl DeviceFile {
             return Err(EINVAL);
         }
         let mut state = self.state.lock();
-        state.event_timeout_ms = Some(timeout.ms);
+        state.settings.event_timeout_ms = Some(timeout.ms);
         if let Some(session) = &state.session {
             session.set_event_timeout(timeout.ms);
+        }
+        Ok(0)
+    }
+
+    fn report_page_walks(&self, walks: PageWalks) -> Result<isize> {
+        let report = match (walks.report, walks.padding) {
+            (0, 0) => false,
+            (1, 0) => true,
+            _ => return Err(EINVAL),
+        };
+        let mut state = self.state.lock();
+        state.settings.page_walks = report;
+        if let Some(session) = &state.session {
+            session.report_page_walks(report);
         }
         Ok(0)
     }
@@ -154,13 +180,13 @@ impl DeviceFile {
         match cmd {
             COMMAND => {
                 let change = command_change(&read_arg(arg)?)?;
-                let policy = &mut self.state.lock().policy;
+                let policy = &mut self.state.lock().settings.policy;
                 policy.change_commands(change).map_err(feature_errno)?;
                 Ok(0)
             }
             EVENT => {
                 let change = event_change(&read_arg(arg)?)?;
-                self.state.lock().policy.change_events(change);
+                self.state.lock().settings.policy.change_events(change);
                 Ok(0)
             }
             _ => session_ioctl(None, cmd, arg),
@@ -219,6 +245,22 @@ fn vm_memory(request: VmMemory) -> Result<VmMemory> {
     Ok(VmMemory {
         gpa,
         size,
+        ..request
+    })
+}
+
+/// Tells which pages of the VM behind the file descriptor in `request` are restricted.
+fn vm_access(request: VmAccess) -> Result<VmAccess> {
+    let vm = VmRef::from_fd(request.vm_fd)?;
+    let (first, denied) = vm.next_restriction(request.gpa / PAGE_SIZE).ok_or(ENOENT)?;
+    let mut end = first + 1;
+    while vm.next_restriction(end) == Some((end, denied)) && !current!().signal_pending() {
+        end += 1;
+    }
+    Ok(VmAccess {
+        gpa: first * PAGE_SIZE,
+        size: (end - first) * PAGE_SIZE,
+        access: u32::from(ALL) & !denied,
         ..request
     })
 }

@@ -22,7 +22,6 @@ use kvmi_abi::{
         PREUNHOOK,
         UNHOOK, //
     },
-    Policy, //
 };
 use zerocopy::{
     FromBytes,
@@ -33,9 +32,10 @@ use crate::{
     is_ready,
     kvm::Vm,
     registry,
-    session::{
+    session::Session,
+    settings::{
         self,
-        Session, //
+        Settings, //
     }, //
 };
 
@@ -67,7 +67,7 @@ pub(crate) fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
             if hook.padding != 0 {
                 return Err(EINVAL);
             }
-            Session::hook(vm, hook.fd, hook.uuid, Policy::default(), None)?;
+            Session::hook(vm, hook.fd, hook.uuid, Settings::default())?;
             Ok(0)
         }
         _ => session_ioctl(registry::find(vm.id()), cmd, arg),
@@ -87,11 +87,11 @@ pub(crate) fn session_ioctl(session: Option<Arc<Session>>, cmd: u32, arg: usize)
             }
         }
         COMMAND => {
-            let change = session::command_change(&read_arg::<Feature>(arg)?)?;
+            let change = settings::command_change(&read_arg::<Feature>(arg)?)?;
             session.ok_or(EFAULT)?.change_commands(change)?;
         }
         EVENT => {
-            let change = session::event_change(&read_arg::<Feature>(arg)?)?;
+            let change = settings::event_change(&read_arg::<Feature>(arg)?)?;
             session.ok_or(EFAULT)?.change_events(change);
         }
         PREUNHOOK => session.ok_or(EFAULT)?.preunhook()?,

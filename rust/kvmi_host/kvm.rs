@@ -4,10 +4,15 @@
 //!
 //! C header: `include/linux/kvm_introspection.h`, added by `patches/`.
 
+mod access;
 mod provider;
 mod vcpu;
 mod vm;
 
+pub(crate) use access::{
+    Restriction,
+    Violation, //
+};
 pub(crate) use provider::{
     Attachment,
     Provider,

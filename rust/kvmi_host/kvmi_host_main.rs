@@ -26,6 +26,7 @@ mod kvm;
 mod receiver;
 mod registry;
 mod session;
+mod settings;
 #[cfg(CONFIG_KUNIT)]
 mod tests;
 mod trace;

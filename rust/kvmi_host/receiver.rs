@@ -27,6 +27,7 @@ use crate::{
         Scratch, //
     },
     connection::Connection,
+    kvm::Provider,
     session::Session,
     trace::Trace,
     vcpu::Job, //
@@ -55,6 +56,8 @@ impl Receiver {
                 session.connection().close();
                 session.connection().discard();
                 session.release_vcpus();
+                // What nobody is asked about is not denied.
+                session.vm().clear_access();
             })?,
         })
     }

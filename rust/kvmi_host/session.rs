@@ -29,11 +29,7 @@ use kernel::{
     }, //
 };
 use kvmi_abi::{
-    ioctl::Feature,
-    policy::{
-        FeatureError,
-        MaskChange, //
-    },
+    policy::MaskChange,
     Event,
     KvmiError,
     Policy, //
@@ -59,6 +55,10 @@ use crate::{
     module_parameters,
     receiver::Receiver,
     registry,
+    settings::{
+        feature_errno,
+        Settings, //
+    },
     trace::{
         HookTold,
         Trace, //
@@ -105,6 +105,8 @@ pub(crate) struct Session {
     event_timeout_ms: Atomic<u32>,
     /// Whether unhooking restores interceptions; nothing is intercepted so far.
     cleanup: Atomic<bool>,
+    /// Whether the CPU's own accesses to the guest's page tables make PF events.
+    page_walks: Atomic<bool>,
     #[pin]
     vm: AttachedVm,
     /// By index; empty where kvm.ko has told of no vCPU.
@@ -118,7 +120,7 @@ pub(crate) struct Session {
 
 impl Session {
     /// Hooks `vm` to the tool at the other end of the socket `fd` of the current process, which
-    /// may do what `policy` says, and has `event_timeout_ms` for each reply to an event.
+    /// may do what `settings` say.
     ///
     /// Fails with `EEXIST` if the VM is hooked, `EINVAL` if `fd` is not a connected stream socket,
     /// `EOPNOTSUPP` if the VM cannot be introspected.
@@ -126,8 +128,7 @@ impl Session {
         vm: &Vm,
         fd: i32,
         uuid: [u8; 16],
-        policy: Policy,
-        event_timeout_ms: Option<u32>,
+        settings: Settings,
     ) -> Result<Arc<Self>> {
         // The protocol wants this error before one about the socket.
         if registry::find(vm.id()).is_some() {
@@ -149,12 +150,15 @@ impl Session {
                 counters: Counters::new(),
                 unhook_event: Atomic::new(false),
                 event_timeout_ms: Atomic::new(
-                    event_timeout_ms.unwrap_or(*module_parameters::event_timeout_ms.value()),
+                    settings
+                        .event_timeout_ms
+                        .unwrap_or(*module_parameters::event_timeout_ms.value()),
                 ),
                 cleanup: Atomic::new(true),
+                page_walks: Atomic::new(settings.page_walks),
                 vm <- AttachedVm::new(),
                 vcpus <- new_mutex!(KVec::new(), "Session::vcpus"),
-                policy <- new_spinlock!(policy, "Session::policy"),
+                policy <- new_spinlock!(settings.policy, "Session::policy"),
                 hooked <- new_mutex!(None, "Session::hooked"),
             }),
             GFP_KERNEL,
@@ -252,6 +256,16 @@ impl Session {
         }
     }
 
+    /// Sets whether the CPU's own accesses to the guest's page tables make PF events.
+    pub(crate) fn report_page_walks(&self, report: bool) {
+        self.page_walks.store(report, Relaxed);
+    }
+
+    /// Returns the same.
+    pub(crate) fn reports_page_walks(&self) -> bool {
+        self.page_walks.load(Relaxed)
+    }
+
     /// Sets whether unhooking restores interceptions.
     pub(crate) fn control_cleanup(&self, enable: bool) {
         self.cleanup.store(enable, Relaxed);
@@ -331,24 +345,6 @@ impl Session {
     pub(crate) fn connection(&self) -> &Arc<Connection> {
         &self.connection
     }
-}
-
-/// Tells a VMM why a change of an allow mask is refused.
-pub(crate) fn feature_errno(error: FeatureError) -> Error {
-    match error {
-        FeatureError::Invalid => EINVAL,
-        FeatureError::AlwaysAllowed => EPERM,
-    }
-}
-
-/// Checks the argument of a COMMAND ioctl.
-pub(crate) fn command_change(feature: &Feature) -> Result<MaskChange> {
-    MaskChange::of_commands(feature).map_err(feature_errno)
-}
-
-/// Checks the argument of an EVENT ioctl.
-pub(crate) fn event_change(feature: &Feature) -> Result<MaskChange> {
-    MaskChange::of_events(feature).map_err(feature_errno)
 }
 
 impl Provider for Session {

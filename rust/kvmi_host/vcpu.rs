@@ -9,6 +9,7 @@
 //! When a signal gets the thread out of `KVM_RUN`, whatever was under way (a wait, a reply or an
 //! event not sent yet) is left as it is, and continued at the next `KVM_RUN`.
 
+mod access;
 mod inbox;
 mod work;
 
@@ -75,6 +76,8 @@ pub(crate) struct Vcpu {
     served: Atomic<bool>,
     /// Commands since the last breather; for the receive thread.
     jobs_in_a_row: Atomic<u32>,
+    /// Bits of the events that are switched on; for the vCPU's thread.
+    events: Atomic<u32>,
     #[pin]
     inbox: SpinLock<Inbox>,
     /// Notified when there is room for a job.
@@ -100,6 +103,7 @@ impl Vcpu {
                 remote,
                 served: Atomic::new(false),
                 jobs_in_a_row: Atomic::new(0),
+                events: Atomic::new(0),
                 inbox <- new_spinlock!(inbox, "Vcpu::inbox"),
                 room <- new_condvar!("Vcpu::room"),
                 thread <- new_mutex!(thread, "Vcpu::thread"),

@@ -51,8 +51,10 @@ pub(crate) fn execute(
                 tsc_speed: current.tsc_hz(),
             },
         ),
-        // PAUSE and TRAP are delivered because of their commands, enabled or not.
-        VcpuRequest::ControlEvents { .. } => Ok(0),
+        VcpuRequest::ControlEvents { event, enable } => {
+            vcpu.control_event(event, enable);
+            Ok(0)
+        }
         VcpuRequest::GetRegisters(msrs) => get_registers(current, msrs, scratch),
         VcpuRequest::SetRegisters(regs) => {
             if !vcpu.is_in_event() {

@@ -27,6 +27,8 @@ use kvmi_abi::{
 use kvmi_bindings as bindings;
 use zerocopy::FromZeros;
 
+use super::access::Violation;
+
 /// The address of a vCPU between its creation and its destruction.
 #[derive(Clone, Copy)]
 pub(super) struct VcpuPtr(NonNull<bindings::kvm_vcpu>);
@@ -304,6 +306,20 @@ impl CurrentVcpu {
             address: exception.address,
             ..TrapEvent::default()
         })
+    }
+
+    /// Takes the access that the guest was denied last, if nobody has.
+    pub(crate) fn violation(&self) -> Option<Violation> {
+        let mut violation = bindings::kvmi_violation::default();
+        // SAFETY: By the type invariant this is the vCPU's thread in a callback.
+        unsafe { bindings::kvmi_vcpu_get_violation(self.as_ptr(), &mut violation) }
+            .then(|| Violation::from_raw(&violation))
+    }
+
+    /// Has the guest do that once, if it still wants to.
+    pub(crate) fn permit(&self, violation: &Violation) {
+        // SAFETY: By the type invariant this is the vCPU's thread in a callback.
+        unsafe { bindings::kvmi_vcpu_permit(self.as_ptr(), &violation.to_raw()) };
     }
 }
 

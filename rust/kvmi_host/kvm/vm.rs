@@ -20,6 +20,11 @@ use kernel::{
 use kvmi_abi::KvmiError;
 use kvmi_bindings as bindings;
 
+use super::access::{
+    access_error,
+    Restriction, //
+};
+
 /// What an administrator wants to know about a VM.
 pub(crate) use bindings::kvmi_vm_info as VmInfo;
 
@@ -68,6 +73,16 @@ impl Vm {
             bindings::kvmi_vm_next_memory(self.as_ptr(), gpa, &mut start, &mut size)
         })?;
         Ok((start, size))
+    }
+
+    /// Returns the lowest restricted page from `gfn` on, and a mask of what the guest may not do
+    /// with it.
+    pub(crate) fn next_restriction(&self, mut gfn: u64) -> Option<(u64, u32)> {
+        // SAFETY: `self` is a valid VM, `gfn` may be written to.
+        match unsafe { bindings::kvmi_vm_next_access(self.as_ptr(), &mut gfn) } {
+            0 => None,
+            denied => Some((gfn, denied)),
+        }
     }
 
     /// Whether the current process may introspect this VM without the VMM's consent.
@@ -175,6 +190,28 @@ impl AttachedVm {
             // SAFETY: `vm` is a valid VM and `data` has `len` bytes.
             unsafe { bindings::kvmi_vm_write_gpa(vm, gpa, data.as_ptr().cast(), len) }
         })
+    }
+
+    /// Denies the guest accesses to pages, or grants them again; fails with the error of the first
+    /// page that cannot be changed, after all others are. May sleep.
+    pub(crate) fn set_access(&self, pages: &mut [Restriction]) -> Result<(), KvmiError> {
+        let count = u32::try_from(pages.len()).map_err(|_| KvmiError::Inval)?;
+        let ret = self
+            .with(|vm| {
+                // SAFETY: `vm` is a valid VM that is attached, `pages` has `count` transparent
+                // wrappers of `kvmi_page_access`.
+                unsafe {
+                    bindings::kvmi_vm_set_access(vm.as_ptr(), pages.as_mut_ptr().cast(), count)
+                }
+            })
+            .unwrap_or(-(RAW_EFAULT as i32));
+        to_result(ret).map_err(access_error)
+    }
+
+    /// Grants the guest all accesses again. May sleep.
+    pub(crate) fn clear_access(&self) {
+        // SAFETY: `vm` is a valid VM that is attached.
+        self.with(|vm| unsafe { bindings::kvmi_vm_clear_access(vm.as_ptr()) });
     }
 
     /// Runs a memory helper and translates its result.

@@ -38,8 +38,9 @@ use crate::{
     connection::Left,
     kvm::{
         CurrentVcpu,
-        Woken, //
-        WorkDone,
+        Violation,
+        Woken,
+        WorkDone, //
     },
     vcpu_command, //
 };
@@ -54,6 +55,8 @@ pub(super) struct ThreadState {
     sending_since: Option<Instant<Monotonic>>,
     /// A trap that was not sent yet.
     trap: Option<TrapEvent>,
+    /// An access that the guest is denied, and nothing was decided about yet.
+    pub(super) violation: Option<Violation>,
     /// What SET_REGISTERS has left for the end of the event.
     new_regs: Option<Regs>,
 }
@@ -66,13 +69,15 @@ impl ThreadState {
             unsent: None,
             sending_since: None,
             trap: None,
+            violation: None,
             new_regs: None,
         })
     }
 }
 
 impl Vcpu {
-    /// Serves what there is: the event under way, then a trap, then commands, then pauses.
+    /// Serves what there is: the event under way, then a trap, then an access that is denied, then
+    /// commands, then pauses.
     pub(crate) fn work(&self, current: &CurrentVcpu) -> Result<WorkDone> {
         if !self.served.xchg(true, Relaxed) {
             self.session.counters().vcpus_served.fetch_add(1, Relaxed);
@@ -96,9 +101,14 @@ impl Vcpu {
             if thread.trap.is_none() {
                 thread.trap = current.trap();
             }
+            if thread.violation.is_none() {
+                thread.violation = current.violation();
+            }
             if let Some(trap) = thread.trap {
                 self.raise(thread, current, Event::Trap, trap.as_bytes())?;
                 thread.trap = None;
+            } else if let Some(violation) = thread.violation {
+                self.report_violation(thread, current, &violation)?;
             } else if current!().signal_pending() {
                 // However much there is to do: the VMM wants its thread back.
                 return Err(EINTR);
@@ -186,21 +196,22 @@ impl Vcpu {
         Ok(sent.is_ok())
     }
 
-    /// Sends an event, unless there is nobody to send it to. Fails only because of a signal.
-    fn raise(
+    /// Sends an event, unless there is nobody to send it to; gives whether it was sent. Fails only
+    /// because of a signal.
+    pub(super) fn raise(
         &self,
         thread: &mut ThreadState,
         current: &CurrentVcpu,
         event: Event,
         specific: &[u8],
-    ) -> Result {
+    ) -> Result<bool> {
         if self.connection().is_closed() || !self.session.policy().allows_event(event) {
             thread.sending_since = None;
-            return Ok(());
+            return Ok(false);
         }
         let len = vcpu_command::put_event(self, current, event, specific, &mut thread.scratch);
         let Some(body) = thread.scratch.get(..len) else {
-            return Ok(());
+            return Ok(false);
         };
         // The reply may be there before the sending of the event returns.
         let expect = |seq| {
@@ -227,7 +238,7 @@ impl Vcpu {
         } else {
             inbox.outstanding = None;
         }
-        sent.map(|_| ())
+        sent
     }
 
     /// Returns how many ms to wait for the reply to the event under way; `None` means for ever.
@@ -266,6 +277,7 @@ impl Vcpu {
                 Woken::Detaching => {
                     self.inbox.lock().outstanding = None;
                     thread.new_regs = None;
+                    thread.violation = None;
                     return Ok(WorkDone::Enter);
                 }
             }
@@ -282,6 +294,7 @@ impl Vcpu {
             let mut inbox = self.inbox.lock();
             inbox.clock_changed = false;
             let closed = inbox.closed;
+            let event = inbox.outstanding.as_ref().map(|o| o.event);
             let answer = inbox.outstanding.as_ref().and_then(|o| o.answer);
             if closed || answer.is_some() {
                 inbox.outstanding = None;
@@ -289,22 +302,35 @@ impl Vcpu {
             drop(inbox);
             if closed {
                 thread.new_regs = None;
-                return Ok(WorkDone::Enter);
+                return Ok(self.resolve(thread, current, event, Action::Continue));
             }
             match answer {
-                Some(Action::Crash) => {
-                    thread.new_regs = None;
-                    current.crash();
-                    return Ok(WorkDone::Leave);
-                }
-                Some(Action::Continue | Action::Retry) => {
-                    if let Some(regs) = thread.new_regs.take() {
-                        current.set_regs(&regs);
-                    }
-                    return Ok(WorkDone::Enter);
-                }
+                Some(action) => return Ok(self.resolve(thread, current, event, action)),
                 None => {}
             }
         }
+    }
+
+    /// Does what the tool has decided about an event.
+    fn resolve(
+        &self,
+        thread: &mut ThreadState,
+        current: &CurrentVcpu,
+        event: Option<Event>,
+        action: Action,
+    ) -> WorkDone {
+        let regs = thread.new_regs.take();
+        let violation = thread.violation.take_if(|_| event == Some(Event::Pf));
+        if action == Action::Crash {
+            current.crash();
+            return WorkDone::Leave;
+        }
+        if let Some(regs) = regs {
+            current.set_regs(&regs);
+        }
+        if let Some(violation) = violation.filter(|_| action == Action::Continue) {
+            current.permit(&violation);
+        }
+        WorkDone::Enter
     }
 }
