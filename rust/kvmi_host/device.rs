@@ -132,12 +132,7 @@ impl DeviceFile {
         }
         let vm = VmRef::from_fd(attach.vm_fd)?;
         vm.may_attach()?;
-        let session = Session::hook(
-            &vm,
-            attach.socket_fd,
-            attach.uuid,
-            state.settings,
-        )?;
+        let session = Session::hook(&vm, attach.socket_fd, attach.uuid, state.settings)?;
         let old = state.session.replace(session);
         // Putting the last reference to the VM unhooks it, and the old session goes with its
         // socket: not under the lock.

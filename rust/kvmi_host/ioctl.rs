@@ -12,16 +12,14 @@ use kernel::{
         UserSlice, //
     }, //
 };
-use kvmi_abi::{
-    ioctl::{
-        Feature,
-        Hook,
-        COMMAND,
-        EVENT,
-        HOOK,
-        PREUNHOOK,
-        UNHOOK, //
-    },
+use kvmi_abi::ioctl::{
+    Feature,
+    Hook,
+    COMMAND,
+    EVENT,
+    HOOK,
+    PREUNHOOK,
+    UNHOOK, //
 };
 use zerocopy::{
     FromBytes,

@@ -124,12 +124,7 @@ impl Session {
     ///
     /// Fails with `EEXIST` if the VM is hooked, `EINVAL` if `fd` is not a connected stream socket,
     /// `EOPNOTSUPP` if the VM cannot be introspected.
-    pub(crate) fn hook(
-        vm: &Vm,
-        fd: i32,
-        uuid: [u8; 16],
-        settings: Settings,
-    ) -> Result<Arc<Self>> {
+    pub(crate) fn hook(vm: &Vm, fd: i32, uuid: [u8; 16], settings: Settings) -> Result<Arc<Self>> {
         // The protocol wants this error before one about the socket.
         if registry::find(vm.id()).is_some() {
             return Err(EEXIST);

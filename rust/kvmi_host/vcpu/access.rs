@@ -45,12 +45,7 @@ impl Vcpu {
         violation: &Violation,
     ) -> Result {
         let asked = self.wants(violation)
-            && self.raise(
-                thread,
-                current,
-                Event::Pf,
-                violation.event().as_bytes(),
-            )?;
+            && self.raise(thread, current, Event::Pf, violation.event().as_bytes())?;
         if !asked {
             current.permit(violation);
             thread.violation = None;

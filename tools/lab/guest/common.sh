@@ -17,9 +17,12 @@ fi
 # module_arguments MODULE: those that the kernel's command line has for it.
 module_arguments() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1\.//p"; }
 
+# load_module MODULE [ARGUMENT]…
 load_module() {
+	module=$1
+	shift
 	# shellcheck disable=SC2046  # one word for each argument
-	insmod "$KERNEL/$1.ko" $(module_arguments "$1")
+	insmod "$KERNEL/$module.ko" $(module_arguments "$module") "$@"
 }
 
 load_kvm() { load_module irqbypass && load_module kvm && load_module "kvm-$VENDOR"; }

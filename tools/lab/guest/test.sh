@@ -10,17 +10,17 @@ FLAVOUR=$1 only=${2:-}
 . tools/lab/guest/common.sh
 
 # What checks of the debug flavour cost under emulation: time, hence rounds.
-limit=120 too_slow='' scale=
+limit=120 too_slow='' pace='' areas=''
 case $FLAVOUR-$VENDOR in
 debug-intel)
 	# What depends on the vendor; all the rest has run on AMD's machine.
-	limit=600 scale="--rounds-scale 0.02 --timeout-scale 5"
-	for area in address hotplug inject pause registers state xsave; do
-		scale="$scale --filter $area."
+	limit=600 pace="--rounds-scale 0.02 --timeout-scale 5"
+	for area in access address hotplug inject pause registers state xsave; do
+		areas="$areas --filter $area."
 	done
 	;;
-debug-*) limit=600 too_slow=set_memory_region_test scale="--rounds-scale 0.05 --timeout-scale 5" ;;
-*-intel) scale="--rounds-scale 0.05" ;;
+debug-*) limit=600 too_slow=set_memory_region_test pace="--rounds-scale 0.05 --timeout-scale 5" ;;
+*-intel) pace="--rounds-scale 0.05" ;;
 esac
 
 count=0
@@ -88,16 +88,30 @@ selftests() {
 	done <tools/lab/guest/selftests
 }
 
-# Its output is KTAP itself and becomes a test with subtests.
+# provider_test NAME [OPTION]…: its output is KTAP itself and becomes a test with
+# subtests.
 provider_test() {
-	# shellcheck disable=SC2086  # $scale is several words, or none
-	{ timeout -k 5 $((limit * 10)) "$BIN/kvmi_test" $scale 2>&1 </dev/null; echo $? >/tmp/status; } |
+	name=$1
+	shift
+	{ timeout -k 5 $((limit * 10)) "$BIN/kvmi_test" "$@" 2>&1 </dev/null; echo $? >/tmp/status; } |
 		while IFS= read -r line; do echo "  $line"; done
 	case $(cat /tmp/status) in
-	0) result ok kvmi_test ;;
-	4) result ok kvmi_test "SKIP" ;;
-	*) result "not ok" "kvmi_test" "exit status $(cat /tmp/status)" ;;
+	0) result ok "$name" ;;
+	4) result ok "$name" "SKIP" ;;
+	*) result "not ok" "$name" "exit status $(cat /tmp/status)" ;;
 	esac
+}
+
+# again NAME ARGUMENT: the tests of page access with KVM's vendor module loaded anew.
+again() {
+	if check "load KVM with $2" load_vendor_module "$2"; then
+		# shellcheck disable=SC2086  # $pace is several words, or none
+		provider_test "kvmi_test, $1" $pace --filter access
+	fi
+}
+
+load_vendor_module() {
+	rmmod kvmi_host && rmmod "kvm-$VENDOR" && load_module "kvm-$VENDOR" "$1" && insmod "$PROVIDER"
 }
 
 # The addresses of a module's code have names only as long as it is loaded.
@@ -113,8 +127,16 @@ echo "KTAP version 1"
 check "load KVM ($VENDOR)" load_kvm
 [ "$FLAVOUR" = debug ] || selftests "without kvmi_host"
 if check "load kvmi_host" insmod "$PROVIDER"; then
-	provider_test
+	# shellcheck disable=SC2086  # these are several words, or none
+	provider_test kvmi_test $pace $areas
 	selftests "with kvmi_host"
+	case $VENDOR in
+	amd) again "shadow paging" npt=0 ;;
+	intel)
+		again "shadow paging" ept=0
+		again "EPT without A/D bits" eptad=0
+		;;
+	esac
 	[ ! -w $leaks ] || check "no memory leaked" no_leaks
 	check "unload kvmi_host" rmmod kvmi_host
 	check "load kvmi_host again" insmod "$PROVIDER"

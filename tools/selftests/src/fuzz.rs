@@ -8,10 +8,11 @@
 use std::collections::VecDeque;
 
 use kvmi_abi::{
+    access::{PageAccess, PageList, R, X},
     ioctl::Feature,
     policy::{FeatureError, MaskChange},
     wire::{Header, MAX_MSG_SIZE},
-    Command, KvmiError, Policy, Reject, Request, Scope, VcpuRequest,
+    Command, Event, KvmiError, Policy, Reject, Request, Scope, VcpuRequest,
 };
 use zerocopy::IntoBytes as _;
 
@@ -47,6 +48,32 @@ enum Answer {
     Vcpu(Expectation),
     /// The end of the connection.
     End,
+}
+
+/// Whether a vCPU sends events because of a command.
+fn makes_events(request: &Result<VcpuRequest<'_>, KvmiError>) -> bool {
+    match request {
+        Ok(VcpuRequest::InjectException(_)) => true,
+        Ok(VcpuRequest::ControlEvents { event, enable }) => *event == Event::Pf && *enable,
+        _ => false,
+    }
+}
+
+/// The answer to SET_PAGE_ACCESS; `None` if it depends on the CPU.
+fn set_access(list: PageList<'_>) -> Option<Answer> {
+    if list.pages().any(|page| page.access == X) {
+        return None;
+    }
+    let possible = |page: PageAccess| {
+        page.denied().is_some()
+            && (page.access == 0 || page.access & R != 0)
+            && page.gpa < MEMORY as u64
+    };
+    Some(Answer::Reply(if list.pages().all(possible) {
+        Ok(vec![])
+    } else {
+        Err(KvmiError::Inval)
+    }))
 }
 
 /// What is known about a session.
@@ -92,12 +119,13 @@ impl Model {
                 Place::Code => return None,
                 Place::Nowhere => Err(KvmiError::NoEnt),
             },
+            Request::SetPageAccess(list) => return set_access(list),
             Request::PauseVcpu { vcpu, .. } if vcpu < self.vcpus.into() => return None,
             Request::PauseVcpu { .. } => Err(KvmiError::Inval),
             Request::Vcpu(message) if message.vcpu >= self.vcpus.into() => Err(KvmiError::Inval),
             Request::Vcpu(message) => {
                 let request = VcpuRequest::parse(message.command, message.payload, &self.policy);
-                if matches!(request, Ok(VcpuRequest::InjectException(_))) {
+                if makes_events(&request) {
                     return None;
                 }
                 return Some(Answer::Vcpu(Expectation::of(&request, false)));

@@ -10,6 +10,9 @@ use std::{process::ExitCode, time::Duration};
 use harness::{Options, Test};
 use tiny_vm::{guest, memory};
 
+mod access;
+mod access_stress;
+mod access_tool;
 mod address;
 mod backlog;
 mod commands;
@@ -99,6 +102,8 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         time_limit::TESTS,
         hotplug::TESTS,
         tracing::TESTS,
+        access::TESTS,
+        access_stress::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,
         soak::TESTS,

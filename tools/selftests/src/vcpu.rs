@@ -82,6 +82,24 @@ impl Vcpu {
         }));
     }
 
+    /// Lets the thread go into `KVM_RUN`, and again after each signal, until the guest ends it.
+    #[track_caller]
+    pub fn run_through(&mut self) {
+        assert!(!self.running);
+        self.running = true;
+        let exits = self.exits.0.clone();
+        self.order(Box::new(move |fd| {
+            let exit = loop {
+                match enter(fd) {
+                    Exit::Interrupted => {}
+                    exit => break exit,
+                }
+            };
+            // The test may have lost interest.
+            let _ = exits.send(exit);
+        }));
+    }
+
     /// Waits until `KVM_RUN` returns by itself.
     #[track_caller]
     pub fn exit(&mut self) -> Exit {

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 
 use kvmi_abi::{
+    access::PfEvent,
     arch::{Regs, VcpuEventArch},
     command::ControlEvents,
     event::{EventHeader, VcpuEvent},
@@ -18,6 +19,7 @@ use kvmi_abi::{
 };
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
+use crate::access_tool::expect_sound;
 use crate::tool::{message, nothing, structure, Message, Tool};
 
 /// An event of a vCPU.
@@ -33,6 +35,8 @@ pub struct Paused {
     pub arch: VcpuEventArch,
     /// What follows that, if it is a TRAP event.
     pub trap: Option<TrapEvent>,
+    /// What follows that, if it is a PF event.
+    pub pf: Option<PfEvent>,
 }
 
 impl Paused {
@@ -54,9 +58,14 @@ impl Paused {
             Event::Trap => Some(TrapEvent::read_from_bytes(specific).expect("16 bytes")),
             _ => None,
         };
-        match &trap {
-            Some(trap) => assert_eq!((trap.padding1, trap.padding2), (0, 0)),
-            None => assert_eq!(specific.len(), 0, "bytes after a {event:?} event"),
+        let pf = match event {
+            Event::Pf => Some(PfEvent::read_from_bytes(specific).expect("24 bytes")),
+            _ => None,
+        };
+        match (&trap, &pf) {
+            (Some(trap), _) => assert_eq!((trap.padding1, trap.padding2), (0, 0)),
+            (_, Some(pf)) => expect_sound(pf, &arch),
+            _ => assert_eq!(specific.len(), 0, "bytes after a {event:?} event"),
         }
         Self {
             seq: message.header.seq,
@@ -64,6 +73,7 @@ impl Paused {
             vcpu: common.vcpu,
             arch,
             trap,
+            pf,
         }
     }
 
