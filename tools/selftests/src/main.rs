@@ -11,6 +11,8 @@ use harness::{Options, Test};
 use tiny_vm::{guest, memory};
 
 mod access;
+mod access_end;
+mod access_insns;
 mod access_stress;
 mod access_tool;
 mod address;
@@ -103,6 +105,8 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         hotplug::TESTS,
         tracing::TESTS,
         access::TESTS,
+        access_end::TESTS,
+        access_insns::TESTS,
         access_stress::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,
