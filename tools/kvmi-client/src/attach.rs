@@ -18,6 +18,7 @@ use rustix::{
 };
 
 use crate::{
+    access::Access,
     attach_error::AttachError,
     connection::Connection,
     device::Device,
@@ -117,6 +118,29 @@ impl Target {
                 // A slot below what was asked for would make this endless.
                 Some(slot) if slot.end > from => slots.push(slot.start.max(from)..slot.end),
                 _ => return Ok(slots),
+            }
+        }
+    }
+
+    /// Lists the pages that are restricted, whoever has the VM hooked: guest physical addresses, in
+    /// order, and what the guest may do there.
+    pub fn restricted(&self, device: &Device) -> Result<Vec<(Range<u64>, Access)>, AttachError> {
+        let vm = self.duplicate_vm_fd()?;
+        let mut runs: Vec<(Range<u64>, Access)> = Vec::new();
+        loop {
+            let from = runs.last().map_or(0, |(run, _)| run.end);
+            let next = device.next_restricted(&vm, from);
+            let next = next.map_err(|error| AttachError::system("ask for restricted pages", error));
+            match (next?, runs.last_mut()) {
+                // Pages that are restricted alike need not come together.
+                (Some((pages, access)), Some((run, same)))
+                    if pages.start == run.end && access == *same && pages.end > from =>
+                {
+                    run.end = pages.end;
+                }
+                // Pages below what was asked for would make this endless.
+                (Some((pages, access)), _) if pages.end > from => runs.push((pages, access)),
+                _ => return Ok(runs),
             }
         }
     }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use kvmi_abi::{
-    dev::{self, Attach, EventTimeout, VmMemory, VmStatus},
+    dev::{self, Attach, EventTimeout, PageWalks, VmAccess, VmMemory, VmStatus},
     ioctl::{Feature, COMMAND, EVENT, PREUNHOOK, UNHOOK},
     Command, Event,
 };
@@ -20,7 +20,7 @@ use rustix::{
     ioctl::{ioctl, NoArg, Setter, Updater},
 };
 
-use crate::{attach_error::AttachError, Uuid};
+use crate::{access::Access, attach_error::AttachError, Uuid};
 
 /// Where the module puts its device.
 pub const PATH: &str = "/dev/kvmi";
@@ -98,6 +98,52 @@ impl Device {
             Err(Errno::NOENT) => Ok(None),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// Returns the first pages of the VM behind `vm` from `gpa` on that are restricted, as guest
+    /// physical addresses, and what the guest may do with them; nothing if there is none. The next
+    /// ones may be restricted alike.
+    pub fn next_restricted(
+        &self,
+        vm: impl AsFd,
+        gpa: u64,
+    ) -> io::Result<Option<(Range<u64>, Access)>> {
+        let mut pages = VmAccess {
+            vm_fd: vm.as_fd().as_raw_fd(),
+            gpa,
+            ..Default::default()
+        };
+        // SAFETY: VM_ACCESS reads and writes a `VmAccess`, for which any bytes will do, through its
+        // argument, and nothing else.
+        let done = unsafe {
+            let request = Updater::<{ dev::VM_ACCESS }, VmAccess>::new(&mut pages);
+            ioctl(&self.0, request)
+        };
+        match done {
+            Ok(()) => {
+                let access = u8::try_from(pages.access).ok().and_then(Access::from_bits);
+                let access = access.ok_or(io::ErrorKind::InvalidData)?;
+                Ok(Some((
+                    pages.gpa..pages.gpa.saturating_add(pages.size),
+                    access,
+                )))
+            }
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Says whether there shall be [`Pf`](crate::VcpuEventKind::Pf) events, too, when the CPU itself
+    /// accesses a restricted page because it walks the guest's page tables; otherwise that is
+    /// permitted. Concerns the VM that is hooked, or gets hooked next.
+    pub fn report_page_walks(&self, report: bool) -> Result<(), AttachError> {
+        let argument = PageWalks {
+            report: report.into(),
+            padding: 0,
+        };
+        // SAFETY: PAGE_WALKS reads a `PageWalks`, and nothing else, through its argument.
+        let done = unsafe { ioctl(&self.0, Setter::<{ dev::PAGE_WALKS }, _>::new(argument)) };
+        done.map_err(|errno| AttachError::system("change whether page walks are reported", errno))
     }
 
     /// Allows the tool all commands: that of the VM which is hooked, or gets hooked next.

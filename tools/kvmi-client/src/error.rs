@@ -113,6 +113,9 @@ pub enum ProtocolError {
     /// An event in a message of the wrong kind, or with an id that no reply can carry.
     #[error("impossible event {0}")]
     ImpossibleEvent(u16),
+    /// An access to a page of no kind that exists.
+    #[error("impossible kind of access {0:#x}")]
+    ImpossibleAccess(u8),
     /// Registers with other MSRs than those asked for.
     #[error("the registers come with other MSRs than asked for")]
     WrongMsrs,

@@ -3,6 +3,7 @@
 //! Events, decoded.
 
 use kvmi_abi::{
+    access::{PfEvent, GVA_UNKNOWN},
     arch::VcpuEventArch,
     event::{EventHeader, VcpuEvent as Common},
     id::{VCPU_EVENT, VM_EVENT},
@@ -10,7 +11,7 @@ use kvmi_abi::{
     Event as EventId,
 };
 
-use crate::{decoder::Message, error::ProtocolError};
+use crate::{access::Access, decoder::Message, error::ProtocolError};
 
 /// Something that the host tells without being asked.
 #[derive(Clone, Debug)]
@@ -65,6 +66,22 @@ pub enum VcpuEventKind {
         /// CR2 for a page fault.
         address: u64,
     },
+    /// The guest tries what it is denied, see [`Connection::set_page_access`]. Nothing is done yet:
+    /// [`Action::Continue`] has the instruction do it this once, [`Action::Retry`] has the vCPU try
+    /// again, or go on where its registers were set to. An instruction makes one event for each
+    /// page and kind of access, as far as it gets.
+    ///
+    /// [`Connection::set_page_access`]: crate::Connection::set_page_access
+    /// [`Action::Continue`]: crate::Action::Continue
+    /// [`Action::Retry`]: crate::Action::Retry
+    Pf {
+        /// Virtual address, if it is known.
+        gva: Option<u64>,
+        /// Guest physical address of the first byte in the page.
+        gpa: u64,
+        /// What the guest tries.
+        access: Access,
+    },
     /// An event that this version of the crate does not know.
     Unknown {
         /// Which event.
@@ -80,6 +97,7 @@ impl VcpuEventKind {
         match self {
             Self::Pause => PAUSE,
             Self::Trap { .. } => TRAP,
+            Self::Pf { .. } => PF,
             Self::Unknown { id, .. } => *id,
         }
     }
@@ -95,6 +113,15 @@ impl VcpuEventKind {
                     address: trap.address,
                 }
             }
+            PF => {
+                let (pf, _) = split::<PfEvent>(data)?;
+                let access = Access::from_bits(pf.access).filter(|access| !access.is_empty());
+                Self::Pf {
+                    gva: Some(pf.gva).filter(|gva| *gva != GVA_UNKNOWN),
+                    gpa: pf.gpa,
+                    access: access.ok_or(ProtocolError::ImpossibleAccess(pf.access))?,
+                }
+            }
             _ => Self::Unknown {
                 id,
                 data: data.to_vec(),
@@ -106,6 +133,7 @@ impl VcpuEventKind {
 // Ids of events are below 32, so nothing is lost.
 const PAUSE: u8 = EventId::Pause.id() as u8;
 const TRAP: u8 = EventId::Trap.id() as u8;
+const PF: u8 = EventId::Pf.id() as u8;
 
 /// Splits a `T` off the start of `bytes`.
 fn split<T: zerocopy::FromBytes>(bytes: &[u8]) -> Result<(T, &[u8]), ProtocolError> {
@@ -256,6 +284,31 @@ mod tests {
             wanted: 16,
         };
         assert_eq!(cut, size);
+    }
+
+    #[test]
+    fn denied_access_has_one_address_or_two() {
+        let pf = |gva, access| PfEvent {
+            gva,
+            gpa: 0x5008,
+            access,
+            ..Default::default()
+        };
+        for (gva, known) in [(0x1008, Some(0x1008)), (u64::MAX, None)] {
+            let event = decoded(&vcpu_event(17, 544, pf(gva, 2).as_bytes()));
+            let expected = VcpuEventKind::Pf {
+                gva: known,
+                gpa: 0x5008,
+                access: Access::W,
+            };
+            assert_eq!((event.kind.id(), event.kind), (17, expected));
+        }
+        for access in [0, 8, 0xff] {
+            let event = Event::decode(&vcpu_event(17, 544, pf(0, access).as_bytes()));
+            let error = event.unwrap_err();
+            assert_eq!(error, ProtocolError::ImpossibleAccess(access));
+        }
+        assert!(Event::decode(&vcpu_event(17, 544, &pf(0, 2).as_bytes()[..23])).is_err());
     }
 
     #[test]

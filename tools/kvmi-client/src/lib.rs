@@ -33,6 +33,7 @@
 
 #![deny(missing_docs)]
 
+mod access;
 pub mod attach;
 mod attach_error;
 mod commands;
@@ -56,6 +57,7 @@ mod vcpu;
 mod virtual_memory;
 pub mod vmm;
 
+pub use access::Access;
 pub use attach_error::AttachError;
 pub use connection::{Connection, DEFAULT_TIMEOUT};
 pub use cookie::Cookie;
