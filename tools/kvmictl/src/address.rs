@@ -8,6 +8,12 @@ use anyhow::Result;
 
 use crate::{cli::SymbolFile, number, problem::Problem, session::Session, symbols::Names};
 
+/// What symbols are needed for but not there.
+pub fn no_symbols() -> anyhow::Error {
+    let hint = "give the System.map of the guest's kernel with --symbols";
+    Problem::new("a symbol is given, and no file has symbols", hint).into()
+}
+
 /// A virtual address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
@@ -61,8 +67,18 @@ impl Address {
         }
     }
 
+    /// Whether it is a symbol, or something behind one.
+    pub fn is_symbol(&self) -> bool {
+        matches!(self, Self::Symbol { .. })
+    }
+
+    /// Whether it is all that a symbol stands for.
+    pub fn is_whole_symbol(&self) -> bool {
+        matches!(self, Self::Symbol { offset: 0, .. })
+    }
+
     /// The address that is meant, given the symbols.
-    fn of(&self, names: &Names) -> Result<u64> {
+    pub fn of(&self, names: &Names) -> Result<u64> {
         match self {
             Self::Number(address) => Ok(*address),
             Self::Symbol { name, offset } => {

@@ -2,6 +2,7 @@
 
 //! The command line.
 
+mod access;
 mod vcpu;
 
 use std::{path::PathBuf, time::Duration};
@@ -15,6 +16,7 @@ use crate::{
     number,
 };
 
+pub use access::{Guard, List as AccessList, Until, Watch};
 pub use vcpu::{Cpuid, Inject, Pause, Regs, Top, Translate};
 
 /// Looks into running KVM guests, whatever VMM runs them.
@@ -77,6 +79,24 @@ pub enum Command {
     ///
     /// The VM is paused for a moment each time.
     Top(Top),
+    /// Deny the guest accesses to a part of its memory, and report those that it tries.
+    ///
+    /// Each line has the vCPU, the kind of access, the addresses, and where in the guest it comes
+    /// from. With --block the access is not done: an instruction that does nothing but to store is
+    /// skipped, any other one raises #GP in the guest. All restrictions end with this process, in
+    /// whatever way it ends.
+    ///
+    /// To read cannot be denied alone: --deny rwx, or rw where the CPU can only execute (Intel). Each
+    /// instruction in a page where x is denied is reported, and executed on its own.
+    Guard(Guard),
+    /// Report writes to a structure of the guest.
+    ///
+    /// As `guard --deny w`, but for a few bytes: other writes to the same page are not reported.
+    Watch(Watch),
+    /// Show which pages of a VM are restricted.
+    ///
+    /// Does not hook the VM itself.
+    Access(AccessList),
     /// Show what a tool that has a VM hooked has done so far.
     ///
     /// Does not hook the VM itself.

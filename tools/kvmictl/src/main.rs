@@ -2,17 +2,21 @@
 
 //! `kvmictl`: looks into running KVM guests.
 
+mod access;
 mod address;
 mod allow;
+mod area;
 mod attach;
 mod cli;
 mod cpuid;
 mod dump;
 mod exception;
 mod find;
+mod guard;
 mod hexdump;
 mod info;
 mod inject;
+mod instruction;
 mod list;
 mod memory;
 mod msr;
@@ -74,6 +78,9 @@ fn run(command: &Command, output: &mut Output) -> anyhow::Result<()> {
         Command::Translate(arguments) => translate::run(arguments, output),
         Command::Inject(arguments) => inject::run(arguments, output),
         Command::Top(arguments) => top::run(arguments, output),
+        Command::Guard(arguments) => guard::run(arguments, output),
+        Command::Watch(arguments) => guard::watch(arguments, output),
+        Command::Access(arguments) => access::run(arguments, output),
         Command::Stats(arguments) => stats::run(arguments, output),
         Command::Attach(arguments) => attach::run(arguments, output),
     }

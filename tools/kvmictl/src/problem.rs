@@ -141,6 +141,10 @@ fn connection_hint(error: &Error) -> Option<&'static str> {
         Error::Kvmi(KvmiError::Busy, Command::VcpuInjectException) => {
             "another exception or interrupt is on its way: try again"
         }
+        Error::Kvmi(KvmiError::Inval, Command::VmSetPageAccess) => {
+            "a page must have memory, and the CPU must know such a restriction: whoever may write may \
+             read, and only some Intel CPUs can execute what cannot be read"
+        }
         Error::Kvmi(KvmiError::Again, _) => "the guest has not started this vCPU yet",
         Error::VcpuTimeout { .. } | Error::NotPaused(_) => {
             "the VMM may have stopped the VM: let it run on (QEMU: cont)"

@@ -2,7 +2,7 @@
 
 //! Names of places in the guest's kernel.
 
-use std::os::fd::AsFd;
+use std::{ops::Range, os::fd::AsFd};
 
 use anyhow::{Context as _, Result};
 use kvmi_client::{
@@ -94,12 +94,26 @@ impl Names {
         self.0.is_some()
     }
 
+    /// Size of a symbol: the distance to the next one, or 1 if there is none.
+    pub fn size(&self, name: &str) -> Result<u64, LookupError> {
+        let extent = self.kernel(name)?.extent(name)?;
+        Ok(extent.end.saturating_sub(extent.start).max(1))
+    }
+
+    /// The addresses from one symbol up to another.
+    pub fn range(&self, first: &str, end: &str) -> Result<Range<u64>, LookupError> {
+        self.kernel(first)?.range(first, end)
+    }
+
+    /// The kernel in which to look for a symbol.
+    fn kernel(&self, name: &str) -> Result<&Kernel, LookupError> {
+        let unknown = || LookupError::Unknown(name.to_owned());
+        self.0.as_ref().ok_or_else(unknown)
+    }
+
     /// The address of a symbol.
     pub fn address(&self, name: &str) -> Result<u64, LookupError> {
-        match &self.0 {
-            Some(kernel) => kernel.address(name),
-            None => Err(LookupError::Unknown(name.to_owned())),
-        }
+        self.kernel(name)?.address(name)
     }
 }
 

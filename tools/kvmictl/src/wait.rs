@@ -63,29 +63,42 @@ impl Waiter {
 
     /// Waits for the first thing to happen.
     pub fn wait(&self, timeout: Option<Duration>) -> io::Result<End> {
+        loop {
+            if let Some(end) = self.poll(PollFlags::RDHUP, timeout)? {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Waits for an end or, with `IN` among the flags, until there is something to receive, which
+    /// gives `None`.
+    fn poll(&self, flags: PollFlags, timeout: Option<Duration>) -> io::Result<Option<End>> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
             let mut fds = [
-                PollFd::new(&self.socket, PollFlags::RDHUP),
+                PollFd::new(&self.socket, flags),
                 PollFd::new(&self.vmm, PollFlags::IN),
                 PollFd::new(&self.signals, PollFlags::IN),
             ];
             match poll(&mut fds, remaining(deadline).as_ref()) {
-                Ok(0) => return Ok(End::Timeout),
+                Ok(0) => return Ok(Some(End::Timeout)),
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno.into()),
             }
-            let [socket, vmm, signals] = fds.map(|fd| !fd.revents().is_empty());
-            if vmm {
-                return Ok(End::VmEnded);
+            let [socket, vmm, signals] = fds.map(|fd| fd.revents());
+            if !vmm.is_empty() {
+                return Ok(Some(End::VmEnded));
             }
-            if socket {
-                return Ok(End::ToolHungUp);
+            if !(socket - PollFlags::IN).is_empty() {
+                return Ok(Some(End::ToolHungUp));
             }
-            if signals {
+            if !signals.is_empty() {
                 (&self.signals).read_exact(&mut [0])?;
-                return Ok(End::Signal);
+                return Ok(Some(End::Signal));
+            }
+            if !socket.is_empty() {
+                return Ok(None);
             }
         }
     }
@@ -93,7 +106,18 @@ impl Waiter {
     /// As [`Self::wait`] where this process is the tool itself: a hang-up that is not the end of the
     /// VM is an error.
     pub fn wait_as_tool(&self, timeout: Option<Duration>) -> anyhow::Result<End> {
-        match self.wait(timeout)? {
+        let end = self.wait(timeout)?;
+        self.judge(end)
+    }
+
+    /// As [`Self::wait_as_tool`], or until there is something to receive, which gives `None`.
+    pub fn wait_for_message(&self, timeout: Option<Duration>) -> anyhow::Result<Option<End>> {
+        let end = self.poll(PollFlags::RDHUP | PollFlags::IN, timeout)?;
+        end.map(|end| self.judge(end)).transpose()
+    }
+
+    fn judge(&self, end: End) -> anyhow::Result<End> {
+        match end {
             End::ToolHungUp if self.vmm_has_ended()? => Ok(End::VmEnded),
             End::ToolHungUp => Err(Error::Closed.into()),
             end => Ok(end),
@@ -151,11 +175,14 @@ mod tests {
 
         tools.write_all(b"data").unwrap();
         assert_eq!(waiter.wait(SHORT).unwrap(), End::Timeout);
+        assert_eq!(waiter.wait_for_message(None).unwrap(), None);
 
         for _ in 0..2 {
             signal_hook::low_level::raise(SIGTERM).unwrap();
             assert_eq!(waiter.wait(None).unwrap(), End::Signal);
         }
+        signal_hook::low_level::raise(SIGTERM).unwrap();
+        assert_eq!(waiter.wait_for_message(None).unwrap(), Some(End::Signal));
         assert_eq!(waiter.wait(SHORT).unwrap(), End::Timeout);
 
         drop(tools);

@@ -49,6 +49,12 @@ fn every_command_is_understood() {
         "kvmictl inject 14 --error-code 2 --address 0x1000",
         "kvmictl inject #UD --vcpu 1",
         "kvmictl top --interval 0.1 --count 3 --json",
+        "kvmictl guard 0x1000",
+        "kvmictl guard 1M..2M --deny wx --block --count 3 --for 0.5 --json",
+        "kvmictl guard _stext.._etext __start_rodata..__end_rodata --watch --symbols System.map",
+        "kvmictl watch 0x1008 --size 8 --pid 5",
+        "kvmictl watch init_uts_ns --symbols System.map --count 1",
+        "kvmictl access --pid 5",
         "kvmictl stats --pid 5",
         "kvmictl attach --socket /run/tool",
         "kvmictl attach --vsock 3:4711 --pid 5 --allow-events none --cookie-file k",
@@ -61,6 +67,7 @@ fn every_command_is_understood() {
 fn wrong_use_is_refused() {
     for line in [
         "kvmictl info --pid 1 --name x",
+        "kvmictl guard 0 --watch --block",
         "kvmictl write 0 --hex 90 --text x",
         "kvmictl attach --socket /x --vsock 1:2",
     ] {
@@ -75,6 +82,11 @@ fn wrong_use_is_refused() {
         "kvmictl translate schedule+x",
         "kvmictl write 0 --hex 9",
         "kvmictl write 0 --hex=",
+        "kvmictl guard 2..1",
+        "kvmictl guard 1.._etext",
+        "kvmictl guard 1 --deny s",
+        "kvmictl guard 1 --deny -",
+        "kvmictl watch 1 --size x",
         "kvmictl info --uuid x",
         "kvmictl pause --for x",
         "kvmictl regs --vcpu 65536",

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! `kvmictl guard` and `kvmictl watch`
+
+use std::{
+    os::unix::net::UnixStream,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use kvmi_client::{
+    Access, Action, Connection, Error, Event, EventId, KvmiError, VcpuEvent, VcpuEventKind,
+};
+
+use crate::{
+    area::{touched, Area},
+    cli,
+    guard::{
+        attempt::{Attempt, Verdict},
+        report::Report,
+        spans::Spans,
+    },
+    output::Output,
+    session::Session,
+    symbols::Names,
+    wait::{End, Waiter},
+};
+
+mod attempt;
+mod report;
+mod spans;
+
+/// How often to look for vCPUs that the guest has started meanwhile.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// What is guarded, and how.
+struct Order<'a> {
+    areas: &'a [Area],
+    /// Size of what is at an address.
+    size: Option<u64>,
+    deny: Access,
+    block: bool,
+    until: cli::Until,
+}
+
+/// Denies the guest accesses to a part of its memory.
+pub fn run(arguments: &cli::Guard, output: &mut Output) -> Result<()> {
+    let order = Order {
+        areas: &arguments.areas,
+        size: None,
+        deny: arguments.deny,
+        block: arguments.block,
+        until: arguments.until,
+    };
+    order.carry_out(&arguments.vm, &arguments.symbols, output)
+}
+
+/// Reports writes to a structure of the guest.
+pub fn watch(arguments: &cli::Watch, output: &mut Output) -> Result<()> {
+    let has_size = arguments.address.is_whole_symbol();
+    let order = Order {
+        areas: &[Area::At(arguments.address.clone())],
+        size: arguments.size.or((!has_size).then_some(1)),
+        deny: Access::W,
+        block: false,
+        until: arguments.until,
+    };
+    order.carry_out(&arguments.vm, &arguments.symbols, output)
+}
+
+impl Order<'_> {
+    fn carry_out(
+        &self,
+        vm: &cli::Selector,
+        symbols: &cli::SymbolFile,
+        output: &mut Output,
+    ) -> Result<()> {
+        let symbols = Names::load(symbols)?;
+        if symbols.is_none() && self.areas.iter().any(Area::needs_symbols) {
+            return Err(crate::address::no_symbols());
+        }
+        let mut session = Session::open(vm)?;
+        // From here on an interrupt ends the guard rather than the process.
+        let waiter = session.watch()?;
+        let pid = session.pid();
+        let (mut guard, pages) = self.start(symbols, &mut session)?;
+        let mut report = Report::new(pid, output);
+        report.begin(&guard, pages)?;
+
+        let outcome = guard.serve(&mut session.vm, &waiter, &mut report);
+        let end = match outcome {
+            Err(error) if is_closed(&error) && waiter.vmm_has_ended()? => End::VmEnded,
+            outcome => outcome?,
+        };
+        if end == End::VmEnded {
+            // There is nothing left to unhook.
+            drop(session);
+        } else {
+            // This lifts the restrictions, and whoever waits for a reply goes on.
+            session.close()?;
+        }
+        report.end(&guard, end)
+    }
+
+    /// Restricts the pages while the VM stands still, all of them at the same moment for the guest.
+    fn start(
+        &self,
+        symbols: Option<kvmi_client::symbols::Symbols>,
+        session: &mut Session,
+    ) -> Result<(Guard, usize)> {
+        let all = session.vcpus();
+        let mut paused = session.pause()?;
+        let names = Names::locate_paused(symbols, &mut paused)?;
+        let mut spans = Vec::new();
+        for area in self.areas {
+            spans.extend(area.find(self.size, &names, &mut paused)?);
+        }
+        let pages = touched(&spans);
+        let mut guard = Guard {
+            spans: Spans::new(spans),
+            names,
+            deny: self.deny,
+            block: self.block,
+            until: self.until,
+            begun: Instant::now(),
+            unseen: all,
+            reported: 0,
+            unreported: 0,
+        };
+        guard.look_for_vcpus(&mut paused)?;
+        let allowed = Access::all() - self.deny;
+        paused.set_page_access(pages.iter().map(|gpa| (*gpa, allowed)))?;
+        guard.begun = Instant::now();
+        paused.resume()?;
+        Ok((guard, pages.len()))
+    }
+}
+
+/// Pages of a guest that are restricted, and what has happened to them.
+struct Guard {
+    spans: Spans,
+    names: Names,
+    deny: Access,
+    block: bool,
+    until: cli::Until,
+    begun: Instant,
+    /// vCPUs that the guest has not started, as far as is known.
+    unseen: Vec<u16>,
+    reported: u64,
+    /// Accesses to the same pages that are nobody's business.
+    unreported: u64,
+}
+
+impl Guard {
+    /// Switches the event on on vCPUs where it is not yet: what they are denied would be permitted
+    /// silently.
+    fn look_for_vcpus(&mut self, vm: &mut Connection<UnixStream>) -> Result<(), Error> {
+        let mut unseen = Vec::new();
+        for vcpu in std::mem::take(&mut self.unseen) {
+            match vm.vcpu_control_events(vcpu, EventId::Pf, true) {
+                Ok(()) => {}
+                Err(Error::Kvmi(KvmiError::Again, _)) => unseen.push(vcpu),
+                Err(error) => return Err(error),
+            }
+        }
+        self.unseen = unseen;
+        Ok(())
+    }
+
+    /// Replies to events until it is time to stop.
+    fn serve(
+        &mut self,
+        vm: &mut Connection<UnixStream>,
+        waiter: &Waiter,
+        report: &mut Report<'_>,
+    ) -> Result<End> {
+        let mut looked = Instant::now();
+        loop {
+            let event = vm.try_event()?;
+            let idle = event.is_none();
+            if let Some(Event::Vcpu(event)) = event {
+                self.handle(vm, &event, report)?;
+            }
+            let left = self.time_left();
+            if left == Some(Duration::ZERO) || self.until.count == Some(self.reported) {
+                return Ok(End::Timeout);
+            }
+            if !self.unseen.is_empty() && looked.elapsed() >= LOOK {
+                self.look_for_vcpus(vm)?;
+                looked = Instant::now();
+            }
+            let pause = match (idle, self.unseen.is_empty()) {
+                (false, _) => Some(Duration::ZERO),
+                (true, true) => left,
+                (true, false) => Some(left.map_or(LOOK, |left| left.min(LOOK))),
+            };
+            match waiter.wait_for_message(pause)? {
+                // There are more events, or it is time to look.
+                None | Some(End::Timeout) => {}
+                Some(end) => return Ok(end),
+            }
+        }
+    }
+
+    fn time_left(&self) -> Option<Duration> {
+        let duration = self.until.duration?;
+        Some(duration.saturating_sub(self.begun.elapsed()))
+    }
+
+    fn handle(
+        &mut self,
+        vm: &mut Connection<UnixStream>,
+        event: &VcpuEvent,
+        report: &mut Report<'_>,
+    ) -> Result<()> {
+        let VcpuEventKind::Pf { gva, gpa, access } = event.kind else {
+            // A TRAP event: an exception that was injected is on its way.
+            return Ok(vm.reply_event(event, Action::Continue)?);
+        };
+        let mut attempt = Attempt::new(event, gva, gpa, access);
+        let Some(span) = attempt.hit(&self.spans, vm)? else {
+            self.unreported += 1;
+            return Ok(vm.reply_event(event, Action::Continue)?);
+        };
+        let target = span.virtual_address(gpa);
+        let verdict = if self.block {
+            attempt.refuse(vm)?
+        } else {
+            Verdict::Permitted
+        };
+        let action = match verdict {
+            Verdict::Permitted | Verdict::Unstoppable => Action::Continue,
+            Verdict::Skipped | Verdict::Faulted => Action::Retry,
+        };
+        vm.reply_event(event, action)?;
+        self.reported += 1;
+        report.access(&self.names, &attempt, target, verdict)
+    }
+}
+
+fn is_closed(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref::<Error>(),
+        Some(Error::Closed | Error::Unusable)
+    )
+}
