@@ -12,7 +12,7 @@ B := tools/build
 LAB := tools/target/x86_64-unknown-linux-gnu/release/lab
 
 .NOTPARALLEL:
-.PHONY: help setup kernel lab-modules selftests tools guest bochs demo test stress lab check \
+.PHONY: help setup kernel lab-modules selftests tools guest guest-module bochs demo test stress lab check \
 	bench modules modules_install clean distclean
 
 help:
@@ -61,8 +61,12 @@ guest: setup
 bochs: setup
 	@$(B)/bochs.sh
 
+guest-module: kernel
+	@$(B)/modules.sh build/kernel/$(FLAVOUR)/kdir build/modules/$(FLAVOUR)-guest modules \
+		M=$(CURDIR)/tools/lab/guest/patcher
+
 demo: FLAVOUR := lab
-demo: lab-modules tools guest
+demo: lab-modules tools guest guest-module
 	@$(LAB) run --flavour $(FLAVOUR) --name demo -- sh tools/lab/guest/demo.sh
 
 test: lab-modules selftests tools guest $(if $(filter amd,$(VENDOR)),,bochs)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0 OR MIT
 #
 # demo.sh: runs in the lab.  Starts an ordinary guest under an unmodified QEMU,
-# looks into its memory and at its vCPUs from outside, changes a file of it and
-# lets go.
+# looks into its memory and at its vCPUs from outside, changes a file of it, locks
+# its kernel's code and lets go.
 
 set -u
 FLAVOUR=lab
@@ -11,6 +11,7 @@ FLAVOUR=lab
 
 console=/tmp/console
 map=$KERNEL/System.map
+PATCHER=build/modules/$FLAVOUR-guest
 new="kvmi-demo-marker: rewritten-by-kvmi"
 
 caption() { printf '\n== %s\n' "$*"; }
@@ -34,6 +35,9 @@ wait_for() {
 	done
 	return 1
 }
+
+# said LINES: what the guest has last printed of its file.
+said() { grep '^tick' $console | tail -n "$1"; }
 
 ticks() { grep -c '^tick' $console; }
 
@@ -65,14 +69,15 @@ show insmod "$PROVIDER"
 
 caption "Start an ordinary guest: $(qemu-system-x86_64 --version | head -n 1)"
 : >$console
+{ cat build/guest.cpio.gz; (cd "$PATCHER" && echo patcher.ko | cpio -o -H newc --quiet | gzip -1); } >/tmp/initrd
 qemu-system-x86_64 -name demo -accel kvm -cpu qemu64 -smp 2 -m 96M -display none -nodefaults -no-reboot \
-	-serial file:$console -kernel "$KERNEL/bzImage" -initrd build/guest.cpio.gz \
+	-serial file:$console -kernel "$KERNEL/bzImage" -initrd /tmp/initrd \
 	-append "console=ttyS0 loglevel=4 panic=-1" 2>/tmp/qemu.err &
 guest=$!
 trap 'kill $guest 2>/dev/null' EXIT
 wait_for 60 '^tick 3:' || { cat /tmp/qemu.err $console; fail "the guest does not come up"; }
 echo "The guest prints what its file /run/marker says:"
-tail -n 2 $console
+said 2
 
 caption "Which VMs are there, and what is this one?"
 show kvmictl list
@@ -124,7 +129,7 @@ echo "$refusal"
 before_ticks=$(ticks)
 wait_for 10 "^tick $((before_ticks + 2)):" || fail "the guest does not go on"
 [ "$(uptime)" -gt "$before" ] || fail "the guest's clock stands still at $before s"
-tail -n 1 $console
+said 1
 trouble=$(grep -aE 'lockup|stall|BUG:|WARNING:|Oops' $console) && fail "the guest noticed: $trouble"
 
 caption "Rewrite the guest's file behind its back"
@@ -136,15 +141,63 @@ for gpa in $(echo "$hits" | grep '^0x.*000$'); do
 	sleep 2
 	grep -q "^tick.*$new" $console && break
 done
-wait_for 5 "^tick.*$new" || fail "the guest still prints the old text: $(tail -n 1 $console)"
+wait_for 5 "^tick.*$new" || fail "the guest still prints the old text: $(said 1)"
 echo "The guest, which wrote nothing itself, now prints:"
+said 2
+
+caption "Lock the kernel's code and constants: who writes there?"
+echo "Once per second a module in the guest changes the kernel's code, as a rootkit would:"
+grep '^kernel code' $console | tail -n 1
+# Modules are not in the System.map; their symbols are as the guest prints them.
+{ cat "$map"; tr -d '\r' <$console | sed -n 's/^symbol: //p'; } >/tmp/guest.map
+export KVMI_SYMBOLS=/tmp/guest.map
+locked="_stext.._etext __start_rodata..__end_rodata"
+# shellcheck disable=SC2086  # two words
+watched=$(show kvmictl guard --pid $guest $locked --count 4) || fail "$watched"
+echo "$watched"
+echo "$watched" | grep -q ' -w- gpa .* orderly_poweroff+0x0/.* by .* patch+.* \[patcher\]: permitted$' ||
+	fail "the culprit is not named"
+
+echo "Writes to other memory can be watched, too, down to the byte:"
+watched=$(show kvmictl watch --pid $guest jiffies_64 --count 3) || fail "$watched"
+echo "$watched"
+[ "$(echo "$watched" | grep -c ' by .* tick_do_update_jiffies64+.*: permitted$')" = 3 ] ||
+	fail "others change the guest's time"
+
+caption "Lock them and do not let the guest write"
+# shellcheck disable=SC2086  # two words
+echo "$ kvmictl guard --pid $guest $locked --block --for 8"
+# shellcheck disable=SC2086  # two words
+kvmictl guard --pid $guest $locked --block --for 8 >/tmp/guard 2>&1 &
+guard=$!
+for _ in $(seq 30); do
+	! grep -q blocking /tmp/guard || break
+	sleep 1
+done
+echo "$ kvmictl access --pid $guest"
+restricted=$(kvmictl access --pid $guest) || fail "$restricted"
+lines=$(wc -l <$console)
+wait $guard || fail "$(cat /tmp/guard)"
+echo "$restricted"
+cat /tmp/guard
+echo "$restricted" | grep -q 'r-x$' || fail "no page is restricted"
+grep -q 'patch+.*: blocked, skipped$' /tmp/guard || fail "nothing was blocked"
+echo "Meanwhile the guest has printed:"
+tail -n +"$((lines + 1))" $console >/tmp/meanwhile
+head -n 4 /tmp/meanwhile
+grep -q '^kernel code: as built' /tmp/meanwhile || fail "the kernel's code was changed"
+before=$(ticks)
+wait_for 20 "^tick $((before + 3)):" || fail "the guest does not go on"
+echo "And afterwards:"
 tail -n 2 $console
+grep '^kernel code' $console | tail -n 1 | grep -q changed || fail "the guest is still locked"
+trouble=$(grep -aE 'lockup|stall|BUG:|WARNING:|Oops' $console) && fail "the guest noticed: $trouble"
 
 caption "Detached, the guest runs on"
 before=$(ticks)
 sleep 3
 [ "$(ticks)" -gt "$before" ] || fail "the guest has stopped"
-tail -n 1 $console
+said 1
 kill $guest
 wait $guest
 show rmmod kvmi_host
