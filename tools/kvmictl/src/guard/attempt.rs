@@ -82,14 +82,14 @@ impl<'a> Attempt<'a> {
     }
 
     /// Sees to it that the access is not done when the vCPU is told to retry. An instruction that
-    /// does nothing but to store is left out; any other one raises an exception.
+    /// does nothing but to store, and this, is left out; any other one raises an exception. It is not
+    /// always the instruction that stores: there are interrupts and page tables, too.
     pub fn refuse<S: AsFd>(&mut self, vm: &mut Connection<S>) -> Result<Verdict> {
-        let vcpu = self.event.vcpu;
-        let stores = self.access == Access::W;
-        let skipped = match self.instruction(vm)? {
-            Some(instruction) if stores => instruction.skipped(),
-            _ => None,
-        };
+        let (vcpu, gpa) = (self.event.vcpu, self.gpa);
+        let writes = self.access == Access::W;
+        let instruction = self.instruction(vm)?.filter(|_| writes);
+        let culprit = instruction.filter(|code| code.reach(gpa, Access::W).is_some());
+        let skipped = culprit.and_then(Instruction::skipped);
         if let Some(regs) = skipped {
             vm.set_registers(vcpu, &regs)?;
             return Ok(Verdict::Skipped);
@@ -207,6 +207,15 @@ mod tests {
         assert_eq!(commands, [&READ[..], &[Command::VcpuSetRegisters]].concat());
         // Behind the vCPU's header, rip is the 17th register.
         assert_eq!(payload[8 + 16 * 8..][..8], 0x1003_u64.to_ne_bytes());
+    }
+
+    #[test]
+    fn store_to_another_place_is_not_skipped() {
+        let refuse =
+            |attempt: &mut Attempt<'_>, vm: &mut Connection<_>| attempt.refuse(vm).unwrap();
+        let busy = Some(KvmiError::Busy);
+        let (verdict, ..) = with_code(STORE, busy, &write(0x1000, 0x7010), refuse);
+        assert_eq!(verdict, Verdict::Unstoppable);
     }
 
     #[test]

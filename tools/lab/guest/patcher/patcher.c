@@ -5,8 +5,8 @@
  * before (0), at the beginning of a function that nobody calls; reading tells
  * which of them is there.
  *
- * Kernel code is mapped read-only, so it maps the page once more.  Where that
- * is is up to the guest; only its physical address gives it away.
+ * Kernel code is mapped read-only, so it maps the page once more, somewhere
+ * else: only the physical address gives it away.
  */
 #include <linux/mm.h>
 #include <linux/module.h>
