@@ -30,7 +30,7 @@ mod attempt;
 mod report;
 mod spans;
 
-/// How often to look for vCPUs that the guest has started meanwhile.
+/// How often to look for vCPUs that the guest has started meanwhile, or has got.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// What is guarded, and how.
@@ -108,7 +108,6 @@ impl Order<'_> {
         symbols: Option<kvmi_client::symbols::Symbols>,
         session: &mut Session,
     ) -> Result<(Guard, usize)> {
-        let all = session.vcpus();
         let mut paused = session.pause()?;
         let names = Names::locate_paused(symbols, &mut paused)?;
         let mut spans = Vec::new();
@@ -123,7 +122,8 @@ impl Order<'_> {
             block: self.block,
             until: self.until,
             begun: Instant::now(),
-            unseen: all,
+            known: 0,
+            unseen: Vec::new(),
             reported: 0,
             unreported: 0,
         };
@@ -144,7 +144,9 @@ struct Guard {
     block: bool,
     until: cli::Until,
     begun: Instant,
-    /// vCPUs that the guest has not started, as far as is known.
+    /// How many vCPUs there are, as far as is known.
+    known: u16,
+    /// Those of them that the guest has not started.
     unseen: Vec<u16>,
     reported: u64,
     /// Accesses to the same pages that are nobody's business.
@@ -155,8 +157,12 @@ impl Guard {
     /// Switches the event on on vCPUs where it is not yet: what they are denied would be permitted
     /// silently.
     fn look_for_vcpus(&mut self, vm: &mut Connection<UnixStream>) -> Result<(), Error> {
+        // Indices have 16 bits.
+        let count = u16::try_from(vm.get_info()?.vcpu_count).unwrap_or(u16::MAX);
+        let new = self.known..count;
+        self.known = count;
         let mut unseen = Vec::new();
-        for vcpu in std::mem::take(&mut self.unseen) {
+        for vcpu in std::mem::take(&mut self.unseen).into_iter().chain(new) {
             match vm.vcpu_control_events(vcpu, EventId::Pf, true) {
                 Ok(()) => {}
                 Err(Error::Kvmi(KvmiError::Again, _)) => unseen.push(vcpu),
@@ -185,16 +191,16 @@ impl Guard {
             if left == Some(Duration::ZERO) || self.until.count == Some(self.reported) {
                 return Ok(End::Timeout);
             }
-            if !self.unseen.is_empty() && looked.elapsed() >= LOOK {
+            if looked.elapsed() >= LOOK {
                 self.look_for_vcpus(vm)?;
                 looked = Instant::now();
             }
-            let pause = match (idle, self.unseen.is_empty()) {
-                (false, _) => Some(Duration::ZERO),
-                (true, true) => left,
-                (true, false) => Some(left.map_or(LOOK, |left| left.min(LOOK))),
+            let pause = if idle {
+                left.map_or(LOOK, |left| left.min(LOOK))
+            } else {
+                Duration::ZERO
             };
-            match waiter.wait_for_message(pause)? {
+            match waiter.wait_for_message(Some(pause))? {
                 // There are more events, or it is time to look.
                 None | Some(End::Timeout) => {}
                 Some(end) => return Ok(end),
@@ -243,4 +249,58 @@ fn is_closed(error: &anyhow::Error) -> bool {
         error.downcast_ref::<Error>(),
         Some(Error::Closed | Error::Unusable)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::tests::with_script;
+    use kvmi_client::{
+        abi::wire::{Header, ReplyHead},
+        Command,
+    };
+
+    #[test]
+    fn vcpus_get_their_events_when_they_are_started_or_added() {
+        let mut guard = Guard {
+            spans: Spans::new(Vec::new()),
+            names: Names::none(),
+            deny: Access::W,
+            block: false,
+            until: cli::Until::default(),
+            begun: Instant::now(),
+            known: 0,
+            unseen: Vec::new(),
+            reported: 0,
+            unreported: 0,
+        };
+        for (vcpus, dormant, asked) in [
+            (2, &[1][..], &[0, 1][..]),
+            (2, &[1], &[1]),
+            (4, &[3], &[1, 2, 3]),
+            (4, &[], &[3]),
+            (4, &[], &[]),
+        ] {
+            let mut seen = Vec::new();
+            let host = |header: &Header, payload: &[u8]| {
+                if header.id == Command::VmGetInfo.id() {
+                    let head = ReplyHead::success(header, 16).unwrap();
+                    let mut info = [0; 16];
+                    info[0] = vcpus;
+                    return [head.as_bytes(), &info].concat();
+                }
+                let vcpu = u16::from_ne_bytes([payload[0], payload[1]]);
+                assert_eq!(header.id, Command::VcpuControlEvents.id());
+                assert_eq!(payload[8..], [17, 0, 1, 0, 0, 0, 0, 0]);
+                seen.push(vcpu);
+                if dormant.contains(&vcpu) {
+                    let head = ReplyHead::failure(header, KvmiError::Again);
+                    return head.as_bytes().to_vec();
+                }
+                ReplyHead::success(header, 0).unwrap().as_bytes().to_vec()
+            };
+            with_script(host, |vm| guard.look_for_vcpus(vm)).unwrap();
+            assert_eq!((&seen[..], &guard.unseen[..]), (asked, dormant));
+        }
+    }
 }
