@@ -40,6 +40,7 @@ struct Order<'a> {
     size: Option<u64>,
     deny: Access,
     block: bool,
+    page_walks: bool,
     until: cli::Until,
 }
 
@@ -50,6 +51,7 @@ pub fn run(arguments: &cli::Guard, output: &mut Output) -> Result<()> {
         size: None,
         deny: arguments.deny,
         block: arguments.block,
+        page_walks: arguments.page_walks,
         until: arguments.until,
     };
     order.carry_out(&arguments.vm, &arguments.symbols, output)
@@ -63,6 +65,7 @@ pub fn watch(arguments: &cli::Watch, output: &mut Output) -> Result<()> {
         size: arguments.size.or((!has_size).then_some(1)),
         deny: Access::W,
         block: false,
+        page_walks: false,
         until: arguments.until,
     };
     order.carry_out(&arguments.vm, &arguments.symbols, output)
@@ -108,6 +111,7 @@ impl Order<'_> {
         symbols: Option<kvmi_client::symbols::Symbols>,
         session: &mut Session,
     ) -> Result<(Guard, usize)> {
+        session.report_page_walks(self.page_walks)?;
         let mut paused = session.pause()?;
         let names = Names::locate_paused(symbols, &mut paused)?;
         let mut spans = Vec::new();

@@ -77,6 +77,11 @@ impl Session {
         Ok(self.attachment.device().set_event_timeout(time)?)
     }
 
+    /// Sets whether accesses of the CPU to the guest's page tables make events.
+    pub fn report_page_walks(&self, report: bool) -> Result<()> {
+        Ok(self.attachment.device().report_page_walks(report)?)
+    }
+
     /// Pauses the VM until what this returns is dropped.
     pub fn pause(&mut self) -> Result<Paused<'_, UnixStream>> {
         let paused = self.vm.pause_all(PAUSE_TIMEOUT);

@@ -28,6 +28,9 @@ pub struct Guard {
     /// Report accesses, and do not let the guest do them.
     #[arg(long)]
     pub block: bool,
+    /// Report also what the CPU itself does to page tables of the guest while it walks them.
+    #[arg(long)]
+    pub page_walks: bool,
     #[command(flatten)]
     pub until: Until,
     #[command(flatten)]

@@ -50,7 +50,7 @@ fn every_command_is_understood() {
         "kvmictl inject #UD --vcpu 1",
         "kvmictl top --interval 0.1 --count 3 --json",
         "kvmictl guard 0x1000",
-        "kvmictl guard 1M..2M --deny wx --block --count 3 --for 0.5 --json",
+        "kvmictl guard 1M..2M --deny wx --block --count 3 --for 0.5 --page-walks --json",
         "kvmictl guard _stext.._etext __start_rodata..__end_rodata --watch --symbols System.map",
         "kvmictl watch 0x1008 --size 8 --pid 5",
         "kvmictl watch init_uts_ns --symbols System.map --count 1",
