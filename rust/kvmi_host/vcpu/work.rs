@@ -304,9 +304,8 @@ impl Vcpu {
                 thread.new_regs = None;
                 return Ok(self.resolve(thread, current, event, Action::Continue));
             }
-            match answer {
-                Some(action) => return Ok(self.resolve(thread, current, event, action)),
-                None => {}
+            if let Some(action) = answer {
+                return Ok(self.resolve(thread, current, event, action));
             }
         }
     }
