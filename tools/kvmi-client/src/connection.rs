@@ -11,7 +11,6 @@ use kvmi_abi::{
     wire::{Header, VcpuHeader, MAX_MSG_SIZE},
     Command, KvmiError,
 };
-use rustix::net::{shutdown, Shutdown};
 use zerocopy::IntoBytes as _;
 
 use crate::{
@@ -220,8 +219,7 @@ impl<S: AsFd> Connection<S> {
     /// a reply to an event or are still to be paused.
     pub fn hang_up(&mut self) {
         self.usable = false;
-        // It fails if the other side has hung up, which is just as well.
-        let _ = shutdown(self.stream(), Shutdown::Both);
+        self.link.hang_up();
     }
 
     /// Returns the next event if there is one already.

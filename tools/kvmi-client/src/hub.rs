@@ -118,6 +118,10 @@ impl<S: AsFd> Share<S> {
         &self.users.0.stream
     }
 
+    pub(crate) fn hang_up(&self) {
+        self.users.0.hang_up();
+    }
+
     /// Numbers a command, the reply to which is for this share.
     pub(crate) fn number(&self) -> u32 {
         let mut routes = self.users.0.routes();
@@ -164,6 +168,8 @@ struct Routes {
     events: Weak<Mailbox>,
     /// All of them.
     mailboxes: Vec<Weak<Mailbox>>,
+    /// Nobody wants to hear any more; what has arrived before is no violation of anything.
+    hung_up: bool,
     /// Why nothing is received any more.
     end: Option<End>,
 }
@@ -174,6 +180,7 @@ impl<S: AsFd> Socket<S> {
     }
 
     fn hang_up(&self) {
+        self.routes().hung_up = true;
         // It fails if the other side has hung up, which is just as well.
         let _ = shutdown(&self.stream, Shutdown::Both);
     }
@@ -209,7 +216,7 @@ impl Routes {
             Some(mailbox) if mailbox.put(message) => Ok(()),
             Some(_) => Err(ProtocolError::TooManyEvents),
             // Nobody listens to what needs no reply.
-            None if id == VM_EVENT => Ok(()),
+            None if id == VM_EVENT || self.hung_up => Ok(()),
             None => Err(ProtocolError::UnexpectedMessage { id, seq }),
         }
     }

@@ -4,6 +4,8 @@
 
 use std::os::fd::AsFd;
 
+use rustix::net::{shutdown, Shutdown};
+
 use crate::{
     decoder::{Decoder, Message},
     error::{Error, ProtocolError, Result},
@@ -93,6 +95,15 @@ impl<S: AsFd> Link<S> {
         match self {
             Self::Own { stream, .. } => stream,
             Self::Shared(share) => share.stream(),
+        }
+    }
+
+    /// Shuts the socket down in both directions.
+    pub(crate) fn hang_up(&self) {
+        match self {
+            // It fails if the other side has hung up, which is just as well.
+            Self::Own { stream, .. } => drop(shutdown(stream, Shutdown::Both)),
+            Self::Shared(share) => share.hang_up(),
         }
     }
 
