@@ -27,9 +27,10 @@ const SMM_SPACE: u32 = 1 << 16;
 const SMBASE: u64 = 0x3_0000;
 /// Where the processor begins in SMM, relative to that.
 const ENTRY: u64 = 0x8000;
-/// `1: jmp 1b; rsm`
-const CODE: [u8; 4] = [0xeb, 0xfe, 0x0f, 0xaa];
-const RSM: u64 = ENTRY + 2;
+/// `sti; 1: jmp 1b; rsm`: with interrupts off, the guest would keep those of the host from Bochs.
+const CODE: [u8; 5] = [0xfb, 0xeb, 0xfe, 0x0f, 0xaa];
+const SPIN: u64 = ENTRY + 1;
+const RSM: u64 = ENTRY + 3;
 
 /// A VM with a vCPU that was in this mode, and is in SMM now.
 #[track_caller]
@@ -44,7 +45,7 @@ fn vm_in_smm(guest: Guest) -> (TestVm, Vcpu, Tool) {
         skip("KVM has no SMM");
     }
     vcpu.run();
-    wait_for("the vCPU is in SMM", || tool.regs(0).rip == ENTRY);
+    wait_for("the vCPU is in SMM", || tool.regs(0).rip == SPIN);
     (vm, vcpu, tool)
 }
 
@@ -102,7 +103,7 @@ fn unhook_in_smm_changes_nothing(_: &Ctx) {
     tool.expect_closed();
     let mut tool = vm.hook_allowing_all();
     let (reply, _) = tool.registers(0, &[]).expect("registers can be read");
-    assert_eq!((reply.mode, reply.regs.rip), (2, ENTRY));
+    assert_eq!((reply.mode, reply.regs.rip), (2, SPIN));
     leave(&mut tool);
     vm.expect_progress_of(0);
     vcpu.expect_running();

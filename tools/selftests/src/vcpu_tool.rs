@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 
 use kvmi_abi::{
     access::PfEvent,
-    arch::{Regs, VcpuEventArch},
+    arch::{Regs, Sregs, VcpuEventArch},
     command::ControlEvents,
     event::{EventHeader, VcpuEvent},
     id::VCPU_EVENT,
@@ -19,8 +19,11 @@ use kvmi_abi::{
 };
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
-use crate::access_tool::expect_sound;
-use crate::tool::{message, nothing, structure, Message, Tool};
+use crate::{
+    access_tool::expect_sound,
+    guest::Mode,
+    tool::{message, nothing, structure, Message, Tool},
+};
 
 /// An event of a vCPU.
 #[derive(Clone, Debug)]
@@ -91,12 +94,21 @@ impl Paused {
 
 /// Fails the test if the padding of system registers is not clean.
 #[track_caller]
-fn expect_clean(sregs: &kvmi_abi::arch::Sregs) {
+fn expect_clean(sregs: &Sregs) {
     let segments = [
         sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss, sregs.tr, sregs.ldt,
     ];
     assert!(segments.iter().all(|segment| segment.padding == 0));
     assert_eq!((sregs.gdt.padding, sregs.idt.padding), ([0; 3], [0; 3]));
+}
+
+/// System registers as far as all CPUs agree about them: in real mode, the type of CS is what the
+/// CPU likes once code has run.
+pub fn comparable(mode: Mode, mut sregs: Sregs) -> Sregs {
+    if mode == Mode::Real {
+        sregs.cs.type_ = 0;
+    }
+    sregs
 }
 
 /// The first part of every vCPU message.
