@@ -15,7 +15,8 @@ use crate::{
     guest::counter,
     harness::{test, Ctx, Test},
     tool::Tool,
-    vcpu::Exit,
+    vcpu::{Exit, Vcpu},
+    vcpu_tool::Paused,
     vm::{Guest, TestVm, PAGE},
 };
 
@@ -32,6 +33,19 @@ pub const TESTS: &[Test] = &[
     test!(disconnect_lifts_all_restrictions),
     test!(restriction_survives_its_memory_slot),
 ];
+
+/// A guest that is about to write to [`TARGET`], and then does so again.
+fn first_of_two_writes() -> (TestVm, Vcpu, Tool, Paused) {
+    let (vm, mut vcpu) = with_code(|code| {
+        emit(code.mov(byte_ptr(TARGET), 1));
+        emit(code.mov(byte_ptr(TARGET), 2));
+    });
+    let mut tool = vm.hook_allowing_all();
+    tool.deny(TARGET, W);
+    tool.run_wanting_pf(&mut vcpu);
+    let first = tool.expect_pf(0, TARGET, W);
+    (vm, vcpu, tool, first)
+}
 
 fn retry_runs_the_instruction_again(_: &Ctx) {
     let (vm, mut vcpu) = with_code(|code| emit(code.mov(byte_ptr(TARGET), 1)));
@@ -63,14 +77,7 @@ fn crash_ends_kvm_run(_: &Ctx) {
 }
 
 fn set_registers_takes_the_guest_elsewhere(_: &Ctx) {
-    let (vm, mut vcpu) = with_code(|code| {
-        emit(code.mov(byte_ptr(TARGET), 1));
-        emit(code.mov(byte_ptr(TARGET), 2));
-    });
-    let mut tool = vm.hook_allowing_all();
-    tool.deny(TARGET, W);
-    tool.run_wanting_pf(&mut vcpu);
-    let first = tool.expect_pf(0, TARGET, W);
+    let (vm, mut vcpu, mut tool, first) = first_of_two_writes();
     let mut regs = first.arch.regs;
     // mov $imm8, disp32
     regs.rip += 8;
@@ -95,14 +102,7 @@ fn without_events_accesses_are_permitted(_: &Ctx) {
 }
 
 fn granted_again_is_not_reported(_: &Ctx) {
-    let (vm, mut vcpu) = with_code(|code| {
-        emit(code.mov(byte_ptr(TARGET), 1));
-        emit(code.mov(byte_ptr(TARGET), 2));
-    });
-    let mut tool = vm.hook_allowing_all();
-    tool.deny(TARGET, W);
-    tool.run_wanting_pf(&mut vcpu);
-    let event = tool.expect_pf(0, TARGET, W);
+    let (_vm, mut vcpu, mut tool, event) = first_of_two_writes();
     tool.deny(TARGET, 0);
     tool.resume(&event);
     assert_eq!(vcpu.exit(), Exit::Out(0x10));

@@ -22,6 +22,7 @@ mod descriptors;
 mod device;
 mod framing;
 mod fuzz;
+mod fuzz_messages;
 mod guests;
 mod harness;
 mod hook;
