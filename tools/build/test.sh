@@ -28,10 +28,10 @@ test_amd() { in_host test -- ; }
 
 # Two CPUs make races possible, one makes vCPUs take turns; KVM's own selftests
 # would tell nothing more on two.  They need another model than the default.
-# The debug kernel takes minutes for its boot alone.
+# The debug kernel takes minutes for its boot alone, and is silent for long.
 test_intel() {
 	if [ "$flavour" = debug ]; then
-		in_host test-intel --machine bochs --append pci=off -- kvmi_test
+		in_host test-intel --machine bochs --stall 600 --append pci=off -- kvmi_test
 		return
 	fi
 	in_host test-intel --machine bochs --model corei7_skylake_x --
