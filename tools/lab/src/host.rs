@@ -181,8 +181,11 @@ impl Host {
                 .tempdir_in(self.logs()?)?,
         );
         self.write_scripts(&dir, job)?;
-        // There before the emulator makes them, so that they can be followed from the start.
-        File::create(dir.out())?;
+        // There before the emulator makes them, so that they can be followed from the start, and
+        // read after the end of one that has made none.
+        for file in [dir.serial(), dir.out(), dir.status()] {
+            File::create(file)?;
+        }
         let command = self.machine.prepare(self, &dir, job)?;
         Ok((dir, command))
     }
