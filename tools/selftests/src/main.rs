@@ -11,8 +11,10 @@ use harness::{Options, Test};
 use tiny_vm::{guest, memory};
 
 mod access;
+mod access_emulated;
 mod access_end;
 mod access_insns;
+mod access_pv;
 mod access_stress;
 mod access_tool;
 mod address;
@@ -108,6 +110,8 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         access::TESTS,
         access_end::TESTS,
         access_insns::TESTS,
+        access_emulated::TESTS,
+        access_pv::TESTS,
         access_stress::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,

@@ -25,6 +25,12 @@ use crate::{
 pub enum Exit {
     /// The guest wrote to this port.
     Out(u16),
+    /// It reads from this port, as often; at the next `KVM_RUN` it finds [`DEVICE`] in each byte.
+    In(u16, usize),
+    /// It reads memory of a device; at the next `KVM_RUN` it finds [`DEVICE`] in each byte.
+    MmioRead(u64),
+    /// It wrote to memory of a device, this in the first byte.
+    MmioWrite(u64, u8),
     /// `KVM_EXIT_SHUTDOWN`
     Shutdown,
     /// A signal came.
@@ -32,6 +38,9 @@ pub enum Exit {
     /// The vCPU waits to be started by another one.
     NotStarted,
 }
+
+/// What devices have in each byte.
+pub const DEVICE: u8 = 0xd5;
 
 type Order = Box<dyn FnOnce(&mut VcpuFd) + Send>;
 
@@ -285,6 +294,15 @@ fn to_kvm(regs: &Regs) -> kvm_bindings::kvm_regs {
 fn enter(fd: &mut VcpuFd) -> Exit {
     match fd.run() {
         Ok(VcpuExit::IoOut(port, _)) => Exit::Out(port),
+        Ok(VcpuExit::IoIn(port, data)) => {
+            data.fill(DEVICE);
+            Exit::In(port, data.len())
+        }
+        Ok(VcpuExit::MmioRead(gpa, data)) => {
+            data.fill(DEVICE);
+            Exit::MmioRead(gpa)
+        }
+        Ok(VcpuExit::MmioWrite(gpa, data)) => Exit::MmioWrite(gpa, data[0]),
         Ok(VcpuExit::Shutdown) => Exit::Shutdown,
         Ok(exit) => panic!("unexpected exit of the guest: {exit:?}"),
         Err(error) => match sys::Errno::from_raw_os_error(error.errno()) {
