@@ -14,6 +14,7 @@ mod access;
 mod access_emulated;
 mod access_end;
 mod access_insns;
+mod access_lost;
 mod access_pv;
 mod access_stress;
 mod access_tool;
@@ -112,6 +113,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         access_insns::TESTS,
         access_emulated::TESTS,
         access_pv::TESTS,
+        access_lost::TESTS,
         access_stress::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,
