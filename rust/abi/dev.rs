@@ -13,13 +13,17 @@ use zerocopy_derive::{
     KnownLayout, //
 };
 
-use crate::ioctl::iowr;
+use crate::ioctl::{
+    iow,
+    iowr,
+    EventTimeout, //
+};
 
 /// ioctl type of `/dev/kvmi`.
 pub const KVMI_IO: u32 = 0xB9;
 
 /// Hooks a VM: takes an [`Attach`].
-pub const ATTACH: u32 = crate::ioctl::iow::<Attach>(KVMI_IO, 0x00);
+pub const ATTACH: u32 = iow::<Attach>(KVMI_IO, 0x00);
 /// Describes a VM: takes and gives back a [`VmStatus`].
 pub const VM_STATUS: u32 = iowr::<VmStatus>(KVMI_IO, 0x01);
 /// Tells where a VM has memory: takes and gives back a [`VmMemory`]; fails with `ENOENT` if there
@@ -28,11 +32,11 @@ pub const VM_MEMORY: u32 = iowr::<VmMemory>(KVMI_IO, 0x02);
 
 /// Bounds how long a vCPU waits for the reply to an event: takes an [`EventTimeout`]. Concerns what
 /// is hooked, or gets hooked next.
-pub const EVENT_TIMEOUT: u32 = crate::ioctl::iow::<EventTimeout>(KVMI_IO, 0x03);
+pub const EVENT_TIMEOUT: u32 = iow::<EventTimeout>(KVMI_IO, 0x03);
 
 /// Says whether PF events are also sent for accesses of the CPU to the guest's page tables: takes a
 /// [`PageWalks`]. Concerns what is hooked, or gets hooked next.
-pub const PAGE_WALKS: u32 = crate::ioctl::iow::<PageWalks>(KVMI_IO, 0x04);
+pub const PAGE_WALKS: u32 = iow::<PageWalks>(KVMI_IO, 0x04);
 
 /// Tells which pages of a VM are restricted: takes and gives back a [`VmAccess`]; fails with
 /// `ENOENT` if none is from the address given on.
@@ -109,18 +113,6 @@ pub struct VmMemory {
     pub gpa: u64,
     /// Out: bytes that the slot has.
     pub size: u64,
-}
-
-/// Argument of [`EVENT_TIMEOUT`] (`kvmi_dev_event_timeout`).
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
-#[repr(C)]
-pub struct EventTimeout {
-    /// Milliseconds; 0 means for ever. When they are over the tool is disconnected.
-    pub ms: u32,
-    /// 0.
-    pub padding: u32,
 }
 
 /// Argument of [`PAGE_WALKS`] (`kvmi_dev_page_walks`).

@@ -38,6 +38,18 @@ pub struct Feature {
     pub id: i32,
 }
 
+/// Argument of `KVM_INTROSPECTION_EVENT_TIMEOUT` and of `/dev/kvmi`'s EVENT_TIMEOUT.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct EventTimeout {
+    /// Milliseconds; 0 means for ever. When they are over the tool is disconnected.
+    pub ms: u32,
+    /// 0.
+    pub padding: u32,
+}
+
 /// ioctl type of KVM.
 pub const KVMIO: u32 = 0xAE;
 
@@ -51,6 +63,9 @@ pub const COMMAND: u32 = iow::<Feature>(KVMIO, 0xca);
 pub const EVENT: u32 = iow::<Feature>(KVMIO, 0xcb);
 /// Tells the tool that the VM is about to be unhooked.
 pub const PREUNHOOK: u32 = io(KVMIO, 0xcc);
+
+/// Sets how long a vCPU waits for the tool. Not in v12.
+pub const EVENT_TIMEOUT: u32 = iow::<EventTimeout>(KVMIO, 0xcd);
 
 /// The capability to ask for with `KVM_CHECK_EXTENSION`; answered with
 /// [`crate::wire::VERSION`] when the host module is loaded, else with 0.
@@ -92,5 +107,6 @@ mod tests {
         assert_eq!(COMMAND, 0x4008_AECA);
         assert_eq!(EVENT, 0x4008_AECB);
         assert_eq!(PREUNHOOK, 0x0000_AECC);
+        assert_eq!(EVENT_TIMEOUT, 0x4008_AECD);
     }
 }

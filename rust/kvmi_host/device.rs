@@ -24,7 +24,6 @@ use kvmi_abi::{
     },
     dev::{
         Attach,
-        EventTimeout,
         PageWalks,
         VmAccess,
         VmMemory,
@@ -39,6 +38,7 @@ use kvmi_abi::{
         VM_STATUS, //
     },
     ioctl::{
+        EventTimeout,
         COMMAND,
         EVENT, //
     }, //
@@ -48,6 +48,7 @@ use crate::{
     ioctl::{
         read_arg,
         session_ioctl,
+        time_limit,
         write_arg, //
     },
     kvm::VmRef,
@@ -142,13 +143,11 @@ impl DeviceFile {
     }
 
     fn set_event_timeout(&self, timeout: EventTimeout) -> Result<isize> {
-        if timeout.padding != 0 {
-            return Err(EINVAL);
-        }
+        let ms = time_limit(timeout)?;
         let mut state = self.state.lock();
-        state.settings.event_timeout_ms = Some(timeout.ms);
+        state.settings.event_timeout_ms = Some(ms);
         if let Some(session) = &state.session {
-            session.set_event_timeout(timeout.ms);
+            session.set_event_timeout(ms);
         }
         Ok(0)
     }

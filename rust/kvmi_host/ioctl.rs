@@ -13,10 +13,12 @@ use kernel::{
     }, //
 };
 use kvmi_abi::ioctl::{
+    EventTimeout,
     Feature,
     Hook,
     COMMAND,
     EVENT,
+    EVENT_TIMEOUT,
     HOOK,
     PREUNHOOK,
     UNHOOK, //
@@ -72,6 +74,14 @@ pub(crate) fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
     }
 }
 
+/// Checks the argument of either door's EVENT_TIMEOUT; returns milliseconds, 0 for ever.
+pub(crate) fn time_limit(timeout: EventTimeout) -> Result<u32> {
+    if timeout.padding != 0 {
+        return Err(EINVAL);
+    }
+    Ok(timeout.ms)
+}
+
 /// Serves an ioctl that concerns a session, if there is one.
 ///
 /// Errors about arguments come before `EFAULT`, "not hooked".
@@ -93,6 +103,10 @@ pub(crate) fn session_ioctl(session: Option<Arc<Session>>, cmd: u32, arg: usize)
             session.ok_or(EFAULT)?.change_events(change);
         }
         PREUNHOOK => session.ok_or(EFAULT)?.preunhook()?,
+        EVENT_TIMEOUT => {
+            let ms = time_limit(read_arg(arg)?)?;
+            session.ok_or(EFAULT)?.set_event_timeout(ms);
+        }
         _ => return Err(ENOTTY),
     }
     Ok(0)

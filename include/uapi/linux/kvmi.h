@@ -351,6 +351,14 @@ struct kvm_introspection_feature {
 #define KVM_INTROSPECTION_COMMAND   _IOW(KVMIO, 0xca, struct kvm_introspection_feature)
 #define KVM_INTROSPECTION_EVENT     _IOW(KVMIO, 0xcb, struct kvm_introspection_feature)
 #define KVM_INTROSPECTION_PREUNHOOK _IO(KVMIO, 0xcc)
+
+/* When it is over for a vCPU that waits, the tool is disconnected. */
+struct kvm_introspection_timeout {
+	__u32 ms;		/* 0: for ever */
+	__u32 padding;
+};
+
+#define KVM_INTROSPECTION_EVENT_TIMEOUT _IOW(KVMIO, 0xcd, struct kvm_introspection_timeout)
 #endif
 
 /* /dev/kvmi: hooks a VM whose VMM knows nothing of introspection. */
@@ -388,9 +396,9 @@ struct kvmi_dev_vm_memory {
 	__u64 size;		/* out */
 };
 
-/* When it is over for an event the tool is disconnected. */
+/* As struct kvm_introspection_timeout. */
 struct kvmi_dev_event_timeout {
-	__u32 ms;		/* 0: for ever */
+	__u32 ms;
 	__u32 padding;
 };
 

@@ -11,8 +11,8 @@ use std::{
 };
 
 use kvmi_abi::{
-    dev::{self, Attach, EventTimeout, PageWalks, VmAccess, VmMemory, VmStatus},
-    ioctl::{Feature, COMMAND, EVENT, PREUNHOOK, UNHOOK},
+    dev::{self, Attach, PageWalks, VmAccess, VmMemory, VmStatus},
+    ioctl::{EventTimeout, Feature, COMMAND, EVENT, PREUNHOOK, UNHOOK},
     Command, Event,
 };
 use rustix::{

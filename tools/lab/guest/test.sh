@@ -139,7 +139,11 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 	esac
 	[ ! -w $leaks ] || check "no memory leaked" no_leaks
 	check "unload kvmi_host" rmmod kvmi_host
-	check "load kvmi_host again" insmod "$PROVIDER"
+	check "load kvmi_host again, with a time limit" insmod "$PROVIDER" event_timeout_ms=700
+	EVENT_TIMEOUT_MS=700
+	export EVENT_TIMEOUT_MS
+	# shellcheck disable=SC2086  # $pace is several words, or none
+	provider_test "kvmi_test, time limit" $pace --filter time_limit.default
 	check "unload kvmi_host again" rmmod kvmi_host
 fi
 check "unload KVM" unload_kvm

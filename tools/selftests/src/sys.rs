@@ -8,8 +8,8 @@ use std::{
 };
 
 use kvmi_abi::{
-    dev::{self, Attach, EventTimeout, VmMemory, VmStatus},
-    ioctl::{self, Feature, Hook},
+    dev::{self, Attach, VmMemory, VmStatus},
+    ioctl::{self, EventTimeout, Feature, Hook},
 };
 use rustix::{
     ioctl::{ioctl, IntegerSetter, NoArg, Opcode, Setter, Updater},
@@ -80,6 +80,11 @@ pub fn command(fd: impl AsFd, allow: u32, id: i32) -> Result<(), Errno> {
 /// EVENT, on a VM or on `/dev/kvmi`.
 pub fn event(fd: impl AsFd, allow: u32, id: i32) -> Result<(), Errno> {
     set::<{ ioctl::EVENT }, _>(fd, Feature { allow, id })
+}
+
+/// The VM's EVENT_TIMEOUT.
+pub fn vm_event_timeout(vm: impl AsFd, timeout: EventTimeout) -> Result<(), Errno> {
+    set::<{ ioctl::EVENT_TIMEOUT }, _>(vm, timeout)
 }
 
 /// Allows every command and every event.

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! How long a vCPU waits for its tool: the limit of EVENT_TIMEOUT.
+//! How long a vCPU waits for its tool: the limits of EVENT_TIMEOUT and of the module.
 
 use std::{
+    env,
     fs::File,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use kvmi_abi::{
-    dev::{EventTimeout, VmStatus, STATUS_DISCONNECTED, STATUS_HOOKED},
+    dev::{VmStatus, STATUS_DISCONNECTED, STATUS_HOOKED},
+    ioctl::{self, EventTimeout},
     Command, Event,
 };
 
 use crate::{
     guest::odd_values,
-    harness::{test, Ctx, Test},
+    harness::{skip, test, Ctx, Test},
     sys::{self, Errno},
     tool::Tool,
     util::{scaled, wait_for},
@@ -42,12 +44,17 @@ pub const TESTS: &[Test] = &[
     test!(limit_stays_with_the_file),
     test!(other_vms_are_not_concerned),
     test!(commands_do_not_prolong_the_time),
+    test!(vmm_can_set_the_limit_of_its_vm),
+    test!(default_is_that_of_the_module),
 ];
 
 /// A limit that is over soon.
 const SHORT: Duration = Duration::from_millis(300);
 /// One that leaves time for doing something before it is over, also on a slow machine.
 const LONG: Duration = Duration::from_secs(1);
+
+/// The variable that has the module's event_timeout_ms.
+const DEFAULT: &str = "EVENT_TIMEOUT_MS";
 
 fn ms(limit: Duration) -> u32 {
     limit.as_millis().try_into().expect("a short time")
@@ -303,5 +310,51 @@ fn commands_do_not_prolong_the_time(_: &Ctx) {
         );
     }
     assert!(begin.elapsed() >= LONG / 2);
+    vm.expect_progress_of(0);
+}
+
+fn vmm_can_set_the_limit_of_its_vm(_: &Ctx) {
+    let vm = TestVm::running(Guest::Count64, 1);
+    let limit = EventTimeout {
+        ms: ms(SHORT),
+        padding: 0,
+    };
+    let padded = EventTimeout {
+        padding: 1,
+        ..limit
+    };
+    assert_eq!(sys::vm_event_timeout(&vm, padded), Err(Errno::INVAL));
+    assert_eq!(sys::vm_event_timeout(&vm, limit), Err(Errno::FAULT));
+    let mut tool = vm.hook_allowing_all();
+    assert_eq!(sys::vm_event_timeout(&vm, padded), Err(Errno::INVAL));
+    let unreadable = sys::unreadable::<{ ioctl::EVENT_TIMEOUT }>(&vm);
+    assert_eq!(unreadable, Err(Errno::FAULT));
+    tool.pause(0);
+    // Now that a vCPU waits.
+    assert_eq!(sys::vm_event_timeout(&vm, limit), Ok(()));
+    tool.expect_closed();
+    vm.expect_progress_of(0);
+}
+
+fn default_is_that_of_the_module(_: &Ctx) {
+    // Who loads the module knows how; the module does not tell.
+    let Some(default) = env::var(DEFAULT).ok().and_then(|ms| ms.parse().ok()) else {
+        skip("the module was loaded without event_timeout_ms");
+    };
+    let default = Duration::from_millis(default);
+    let vm = TestVm::running(Guest::Count64, 1);
+    let mut tool = vm.hook_allowing_all();
+    let begin = Instant::now();
+    tool.pause(0);
+    tool.expect_closed();
+    assert!(begin.elapsed() >= default);
+    vm.expect_progress_of(0);
+    drop(tool);
+    vm.unhook();
+    // Who attaches may decide otherwise.
+    let (_dev, mut tool) = attach(&vm, Duration::ZERO);
+    let paused = tool.pause(0);
+    expect_still(&vm, 0, default + SHORT);
+    tool.resume(&paused);
     vm.expect_progress_of(0);
 }

@@ -8,11 +8,11 @@ use kvmi_client::abi::{
     command::{
         CheckId, ControlCleanup, ControlEvents, Features, GetVersionReply, GuestRange, VmInfo,
     },
-    dev::{self, Attach, EventTimeout, VmMemory, VmStatus},
+    dev::{self, Attach, VmMemory, VmStatus},
     event::{EventHeader, VcpuEvent},
     handshake::{ToolHello, VmmHello},
     id::{VCPU_EVENT, VM_EVENT},
-    ioctl::{self, Feature, Hook},
+    ioctl::{self, EventTimeout, Feature, Hook},
     vcpu::{GPA_UNMAPPED, NO_EXCEPTION},
     vcpu_request::Action,
     wire::{self, ErrorCode, Header, VcpuHeader},
@@ -184,6 +184,10 @@ fn control() -> Vec<Struct> {
             }
         ),
         describe!("struct kvm_introspection_hook", Hook { fd, padding, uuid }),
+        describe!(
+            "struct kvm_introspection_timeout",
+            EventTimeout { ms, padding }
+        ),
         describe!("struct kvm_introspection_feature", Feature { allow, id }),
         describe!(
             "struct kvmi_dev_attach",
@@ -332,6 +336,10 @@ pub fn constants() -> Vec<(String, i64)> {
         ("KVM_INTROSPECTION_COMMAND", ioctl::COMMAND.into()),
         ("KVM_INTROSPECTION_EVENT", ioctl::EVENT.into()),
         ("KVM_INTROSPECTION_PREUNHOOK", ioctl::PREUNHOOK.into()),
+        (
+            "KVM_INTROSPECTION_EVENT_TIMEOUT",
+            ioctl::EVENT_TIMEOUT.into(),
+        ),
         ("KVMI_GPA_UNMAPPED", GPA_UNMAPPED as i64),
         ("KVMI_TRAP_NO_EXCEPTION", NO_EXCEPTION.into()),
         ("KVMI_EVENT_ACTION_CONTINUE", Action::Continue.code().into()),
