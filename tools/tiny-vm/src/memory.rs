@@ -7,7 +7,7 @@ use std::{
     sync::atomic::{AtomicU32, AtomicU8, Ordering},
 };
 
-use rustix::mm::{madvise, mmap_anonymous, Advice, MapFlags, ProtFlags};
+use rustix::mm::{madvise, mmap_anonymous, mprotect, Advice, MapFlags, MprotectFlags, ProtFlags};
 
 /// Memory that a VM can use; it is there until the process ends.
 #[derive(Clone, Copy)]
@@ -26,6 +26,11 @@ impl Memory {
     /// Memory full of zeros, not touched yet.
     pub fn new(len: usize) -> Self {
         Self::map(0, len, MapFlags::PRIVATE)
+    }
+
+    /// Memory full of zeros, of which little will be touched: it may exceed that of the host.
+    pub fn sparse(len: usize) -> Self {
+        Self::map(0, len, MapFlags::PRIVATE | MapFlags::NORESERVE)
     }
 
     /// Memory full of zeros at this address of the process.
@@ -70,6 +75,19 @@ impl Memory {
         // SAFETY: as in `bytes`: all accesses are atomic, and other values nothing new to them.
         let taken = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxDontNeed) };
         taken.expect("memory can be taken away");
+    }
+
+    /// Has KVM unmap all pages, which stay what they are: guests fault once on each. Nobody may
+    /// write to them meanwhile.
+    pub fn withdraw(&self) {
+        for access in [
+            MprotectFlags::READ,
+            MprotectFlags::READ | MprotectFlags::WRITE,
+        ] {
+            // SAFETY: the mapping is ours, and in the end what it has been.
+            let set = unsafe { mprotect(self.start.as_ptr().cast(), self.len, access) };
+            set.expect("memory can be protected");
+        }
     }
 
     /// Copies bytes out.
