@@ -70,13 +70,20 @@ impl Clock {
     }
 
     /// Does something `rounds` times and returns what each time has cost.
-    pub fn measure(
+    pub fn measure(&self, rounds: usize, action: impl FnMut() -> Result<()>) -> Result<Vec<u64>> {
+        self.measure_after(rounds, || Ok(()), action)
+    }
+
+    /// The same, with something before each time that does not count.
+    pub fn measure_after(
         &self,
         rounds: usize,
+        mut before: impl FnMut() -> Result<()>,
         mut action: impl FnMut() -> Result<()>,
     ) -> Result<Vec<u64>> {
         let mut costs = Vec::with_capacity(rounds);
         for _ in 0..rounds {
+            before()?;
             let begin = self.now();
             action()?;
             let cost = self.now().saturating_sub(begin);

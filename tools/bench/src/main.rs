@@ -12,6 +12,7 @@ mod program;
 mod report;
 mod rows;
 mod scene;
+mod stage;
 mod targets;
 
 use std::{path::PathBuf, process::ExitCode};

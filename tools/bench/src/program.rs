@@ -8,11 +8,13 @@ use anyhow::Result;
 use kvm_ioctls::VcpuFd;
 use tiny_vm::{
     guest::{self, Mode},
-    Guest, Memory, Vm, MEMORY, SCRATCH,
+    Guest, Memory, Vm, MEMORY, PAGE, SCRATCH,
 };
 
 /// Where the program is.
-const CODE: u64 = SCRATCH + 0x1000;
+pub const CODE: u64 = SCRATCH + 0x1000;
+/// A page that a program writes to.
+pub const TARGET: u64 = SCRATCH + 0x2000;
 
 /// What a vCPU does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -24,6 +26,15 @@ pub enum Program {
     Count,
     /// Executes CPUID so often and writes to a port, again and again.
     CpuidOut(u32),
+    /// Writes to so many pages from this address on and then to a port, again and again.
+    TouchOut(u32, u64),
+    /// Writes to [`TARGET`] so often and then to a port, again and again.
+    WriteOut(u32),
+    /// Writes to [`TARGET`] and counts, with a PAUSE.
+    WriteCount,
+    /// So often: computes for 2,000 instructions, writes to memory from this address on, four times
+    /// per page, and executes CPUID. Then it writes to a port, and does it all again.
+    WorkOut(u32, u64),
 }
 
 impl Program {
@@ -40,6 +51,38 @@ impl Program {
                 0x44, 0x89, 0xc6, 0x85, 0xf6, 0x74, 0x08, 0x31, 0xc0, 0x0f, 0xa2, 0xff, 0xce, 0x75,
                 0xf8, 0xe6, 0x10, 0xeb, 0xed,
             ],
+            // 1: mov %r8d, %esi; mov %r9, %rdx; test %esi, %esi; jz 3f
+            // 2: mov %al, (%rdx); add %r10, %rdx; dec %esi; jnz 2b
+            // 3: out %al, $0x10; jmp 1b
+            Self::TouchOut(..) | Self::WriteOut(_) => &[
+                0x44, 0x89, 0xc6, 0x4c, 0x89, 0xca, 0x85, 0xf6, 0x74, 0x09, 0x88, 0x02, 0x4c, 0x01,
+                0xd2, 0xff, 0xce, 0x75, 0xf7, 0xe6, 0x10, 0xeb, 0xe9,
+            ],
+            // 1: mov %al, (%r9); incl (%rbx); pause; jmp 1b
+            Self::WriteCount => &[0x41, 0x88, 0x01, 0xff, 0x03, 0xf3, 0x90, 0xeb, 0xf7],
+            // 1: mov %r8d, %esi; mov %r9, %r11
+            // 2: mov $500, %ecx
+            // 3: imul $0x41c64e6d, %ebp, %ebp; add $12345, %ebp; dec %ecx; jnz 3b
+            //    mov %ebp, (%r11); add %r10, %r11; xor %eax, %eax; cpuid; dec %esi; jnz 2b
+            //    out %al, $0x10; jmp 1b
+            Self::WorkOut(..) => &[
+                0x44, 0x89, 0xc6, 0x4d, 0x89, 0xcb, 0xb9, 0xf4, 0x01, 0x00, 0x00, 0x69, 0xed, 0x6d,
+                0x4e, 0xc6, 0x41, 0x81, 0xc5, 0x39, 0x30, 0x00, 0x00, 0xff, 0xc9, 0x75, 0xf0, 0x41,
+                0x89, 0x2b, 0x4d, 0x01, 0xd3, 0x31, 0xc0, 0x0f, 0xa2, 0xff, 0xce, 0x75, 0xdd, 0xe6,
+                0x10, 0xeb, 0xd3,
+            ],
+        }
+    }
+
+    /// How often it does what it does, from which address on, in which steps.
+    fn parameters(self) -> (u32, u64, u64) {
+        match self {
+            Self::Halt | Self::Count => (0, 0, 0),
+            Self::CpuidOut(cpuids) => (cpuids, 0, 0),
+            Self::TouchOut(pages, from) => (pages, from, PAGE as u64),
+            Self::WorkOut(writes, from) => (writes, from, PAGE as u64 / 4),
+            Self::WriteOut(writes) => (writes, TARGET, 0),
+            Self::WriteCount => (0, TARGET, 0),
         }
     }
 
@@ -54,9 +97,8 @@ impl Program {
         let (_, vcpu) = vm.prepare_started(Guest::Spin(Mode::Long));
         let mut regs = vcpu.get_regs()?;
         regs.rip = CODE;
-        if let Self::CpuidOut(cpuids) = self {
-            regs.r8 = cpuids.into();
-        }
+        let (often, address, step) = self.parameters();
+        (regs.r8, regs.r9, regs.r10) = (often.into(), address, step);
         vcpu.set_regs(&regs)?;
         Ok((vm, vcpu))
     }

@@ -103,19 +103,24 @@ fn figures_table(figures: &Figures) -> Table {
     header.push("time, hooked".into());
     let mut table = table(header);
     for row in rows::all() {
-        let cell = |value: Option<f64>, suffix| match value {
-            Some(value) => format!("{value:.0}{suffix}"),
-            None => String::new(),
-        };
         let mut line = vec![String::from(row.name)];
         for setting in Setting::ALL {
-            line.push(cell(figures.instructions(row.name, setting), ""));
+            let figure = figures.instructions(row.name, setting);
+            line.push(figure.map_or(String::new(), |count| format!("{count:.0}")));
         }
         let ns = figures.time(row.name, Setting::Hooked);
-        line.push(cell(ns.map(|ns| ns / 1000.0), " µs"));
+        line.push(ns.map_or(String::new(), duration));
         table.add_row(line);
     }
     table
+}
+
+/// Nanoseconds for people.
+fn duration(ns: f64) -> String {
+    match ns / 1000.0 {
+        us if us < 10.0 => format!("{us:.1} µs"),
+        us => format!("{us:.0} µs"),
+    }
 }
 
 fn targets_table(targets: &[Outcome]) -> Table {

@@ -2,11 +2,14 @@
 
 //! What is measured. A new kind of figure is a new file here, and its rows in [`all`].
 
+pub mod access;
 pub mod command;
 pub mod exit;
+pub mod fault;
 pub mod floor;
 mod message;
 pub mod pause;
+pub mod violation;
 
 use anyhow::Result;
 
@@ -27,9 +30,29 @@ pub struct Bench<'a> {
 
 impl Bench<'_> {
     /// What doing something costs, once all caches are warm.
-    pub fn measure(&self, mut action: impl FnMut() -> Result<()>) -> Result<Spread> {
-        self.clock.measure(self.rounds.div_ceil(10), &mut action)?;
-        Ok(Spread::of(&mut self.clock.measure(self.rounds, action)?))
+    pub fn measure(&self, action: impl FnMut() -> Result<()>) -> Result<Spread> {
+        self.measure_after(|| Ok(()), action)
+    }
+
+    /// The same, with something before each time that does not count.
+    pub fn measure_after(
+        &self,
+        mut before: impl FnMut() -> Result<()>,
+        mut action: impl FnMut() -> Result<()>,
+    ) -> Result<Spread> {
+        let warm_up = self.rounds.div_ceil(10);
+        self.clock
+            .measure_after(warm_up, &mut before, &mut action)?;
+        let mut costs = self.clock.measure_after(self.rounds, before, action)?;
+        Ok(Spread::of(&mut costs))
+    }
+
+    /// For what takes so many times as long as others: as many times fewer rounds.
+    pub fn fewer_rounds(&self, part: usize) -> Self {
+        Self {
+            rounds: self.rounds.div_ceil(part),
+            ..*self
+        }
     }
 }
 
@@ -65,9 +88,17 @@ impl Row {
 
 /// Everything, in the order of the table.
 pub fn all() -> impl Iterator<Item = &'static Row> {
-    [exit::ROWS, floor::ROWS, command::ROWS, pause::ROWS]
-        .into_iter()
-        .flatten()
+    [
+        exit::ROWS,
+        fault::ROWS,
+        floor::ROWS,
+        command::ROWS,
+        pause::ROWS,
+        access::ROWS,
+        violation::ROWS,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// Of a message that ends too early.

@@ -5,7 +5,7 @@
 use std::{fs, hint, os::unix::net::UnixStream, thread};
 
 use anyhow::{bail, ensure, Context as _, Result};
-use kvmi_client::{abi::ioctl::KVM_CAP_INTROSPECTION, device::Device, Uuid};
+use kvmi_client::{abi::ioctl::KVM_CAP_INTROSPECTION, device::Device, Access, Connection, Uuid};
 use rustix::thread::{sched_setaffinity, CpuSet, Pid};
 use tiny_vm::{Memory, Runner, Vm};
 
@@ -66,6 +66,18 @@ impl Hook {
             tool,
             _device: device,
         })
+    }
+
+    /// A client's view of the connection, for what is not measured.
+    pub fn client(&self) -> Connection<&UnixStream> {
+        Connection::new(&self.tool)
+    }
+
+    /// Denies the guest to write to these pages.
+    pub fn protect(&self, pages: impl IntoIterator<Item = u64>) -> Result<()> {
+        let access = Access::R | Access::X;
+        let pages = pages.into_iter().map(|gpa| (gpa, access));
+        Ok(self.client().set_page_access(pages)?)
     }
 }
 

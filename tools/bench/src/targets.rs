@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::{
     figure::Setting,
     report::Figures,
-    rows::{command, exit, floor, pause},
+    rows::{command, exit, fault, floor, pause},
 };
 
 /// A ratio that has a limit.
@@ -43,6 +43,31 @@ const TARGETS: &[Target] = &[
         limit: 1.5,
         ratio: |figures| round_trip(figures, pause::PAUSE, floor::PAUSE),
     },
+    Target {
+        what: "page fault, nothing restricted : module loaded",
+        limit: 1.03,
+        ratio: |figures| guest(figures, fault::FAULT, fault::FAULT),
+    },
+    Target {
+        what: "page fault, 1,000 pages restricted : module loaded",
+        limit: 1.03,
+        ratio: |figures| guest(figures, fault::FAULT_1K, fault::FAULT),
+    },
+    Target {
+        what: "page fault, 1,000,000 pages restricted : module loaded",
+        limit: 1.03,
+        ratio: |figures| guest(figures, fault::FAULT_1M, fault::FAULT),
+    },
+    Target {
+        what: "work, 2,000 pages restricted : module loaded",
+        limit: 1.01,
+        ratio: |figures| guest(figures, fault::WORK_2K, fault::WORK),
+    },
+    Target {
+        what: "work with page faults, 2,000 pages restricted : module loaded",
+        limit: 1.01,
+        ratio: |figures| guest(figures, fault::FAULTING_2K, fault::FAULTING),
+    },
 ];
 
 fn exits(figures: &Figures, setting: Setting) -> Option<f64> {
@@ -53,6 +78,12 @@ fn exits(figures: &Figures, setting: Setting) -> Option<f64> {
 fn round_trip(figures: &Figures, row: &str, floor: &str) -> Option<f64> {
     let cost = |row| figures.instructions(row, Setting::Hooked);
     Some(cost(row)? / (cost(floor)? + cost(exit::CPUID)?))
+}
+
+/// What a guest does when it is hooked, compared with something that it does when it is not.
+fn guest(figures: &Figures, row: &str, without: &str) -> Option<f64> {
+    let hooked = figures.instructions(row, Setting::Hooked)?;
+    Some(hooked / figures.instructions(without, Setting::Loaded)?)
 }
 
 /// What became of a target.

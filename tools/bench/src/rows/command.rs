@@ -54,18 +54,26 @@ fn of_vm(bench: &Bench<'_>, exchange: &Exchange) -> Result<Spread> {
 }
 
 fn command(bench: &Bench<'_>, scene: &Scene, exchange: &Exchange) -> Result<Spread> {
-    let mut tool = &scene.hook.tool;
     let mut reply = vec![0; exchange.reply];
-    let spread = bench.measure(|| {
-        tool.write_all(&exchange.request)?;
-        tool.read_exact(&mut reply)?;
-        Ok(())
-    })?;
-    let (header, payload) = Header::ref_from_prefix(&reply).map_err(|_| super::short())?;
+    let spread = bench.measure(|| ask(&scene.hook.tool, exchange, &mut reply))?;
+    check(&reply)?;
+    Ok(spread)
+}
+
+/// Sends a command and receives the reply.
+pub fn ask(mut tool: &UnixStream, exchange: &Exchange, reply: &mut [u8]) -> Result<()> {
+    tool.write_all(&exchange.request)?;
+    tool.read_exact(reply)?;
+    Ok(())
+}
+
+/// Fails unless this is the whole reply to a command that was executed.
+pub fn check(reply: &[u8]) -> Result<()> {
+    let (header, payload) = Header::ref_from_prefix(reply).map_err(|_| super::short())?;
     let (error, _) = ErrorCode::ref_from_prefix(payload).map_err(|_| super::short())?;
     let complete = usize::from(header.size) == payload.len();
     ensure!(complete && error.err == 0, "{header:?} {error:?}");
-    Ok(spread)
+    Ok(())
 }
 
 fn by_client(bench: &Bench<'_>) -> Result<Spread> {

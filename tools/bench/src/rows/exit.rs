@@ -40,7 +40,8 @@ fn runs(bench: &Bench<'_>, cpuids: u32) -> Result<Spread> {
     bench.measure(|| run(&mut vcpu))
 }
 
-fn run(vcpu: &mut VcpuFd) -> Result<()> {
+/// Runs a guest until it writes to a port.
+pub fn run(vcpu: &mut VcpuFd) -> Result<()> {
     match vcpu.run()? {
         VcpuExit::IoOut(..) => Ok(()),
         exit => bail!("unexpected exit of the guest: {exit:?}"),

@@ -12,7 +12,7 @@ use anyhow::Result;
 use tiny_vm::PAGE;
 
 use super::{
-    message::{Exchange, EVENT, EVENT_REPLY},
+    message::{Exchange, EVENT, EVENT_REPLY, PF_EVENT},
     Bench, Row,
 };
 use crate::{
@@ -47,6 +47,9 @@ pub const ROWS: &[Row] = &[
         ping_pong(bench, TOOL_CPU, &pause())
     }),
     Row::hooked(PAUSE, |bench| ping_pong(bench, VCPU_CPU, &pause())),
+    Row::hooked("AF_UNIX, sizes of a PF event, across CPUs", |bench| {
+        ping_pong(bench, VCPU_CPU, &[(EVENT_REPLY, PF_EVENT)])
+    }),
 ];
 
 /// The command and its reply, the event and the reply to that.

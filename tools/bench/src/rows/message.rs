@@ -3,11 +3,12 @@
 //! Messages, and how large their replies are.
 
 use kvmi_client::abi::{
+    access::{PageAccess, PfEvent, SetPageAccess},
     command::{GetVersionReply, GuestRange},
     event::{EventHeader, VcpuEvent},
     vcpu::{EventReply, GetRegisters, GetRegistersReply, PauseVcpu},
     wire::{Header, ReplyHead, VcpuHeader},
-    Command,
+    Action, Command, Event,
 };
 use tiny_vm::SCRATCH;
 use zerocopy::IntoBytes as _;
@@ -22,6 +23,8 @@ pub struct Exchange {
 
 /// Size of an event of a vCPU that has nothing of its own.
 pub const EVENT: usize = size_of::<Header>() + size_of::<EventHeader>() + size_of::<VcpuEvent>();
+/// Size of a PF event.
+pub const PF_EVENT: usize = EVENT + size_of::<PfEvent>();
 /// Size of the reply to an event.
 pub const EVENT_REPLY: usize = size_of::<Header>() + size_of::<EventReply>();
 
@@ -72,4 +75,31 @@ impl Exchange {
         let request = PauseVcpu::default();
         Self::new(Command::VmPauseVcpu, &[request.as_bytes()], 0)
     }
+
+    /// `VM_SET_PAGE_ACCESS` of 511 pages at most.
+    pub fn set_page_access(pages: &[PageAccess]) -> Self {
+        let request = SetPageAccess {
+            // Lossless: a message has no room for more.
+            count: pages.len() as u16,
+            ..Default::default()
+        };
+        let parts = [request.as_bytes(), pages.as_bytes()];
+        Self::new(Command::VmSetPageAccess, &parts, 0)
+    }
+}
+
+/// The reply to the event of vCPU 0 with this header.
+pub fn event_reply(header: Header, event: Event, action: Action) -> Vec<u8> {
+    let header = Header {
+        // Lossless: 16.
+        size: size_of::<EventReply>() as u16,
+        ..header
+    };
+    let reply = EventReply {
+        // Lossless: ids of events are below 20.
+        event: event.id() as u8,
+        action: action.code(),
+        ..Default::default()
+    };
+    [header.as_bytes(), reply.as_bytes()].concat()
 }

@@ -5,11 +5,11 @@
 use std::io::{Read as _, Write as _};
 
 use anyhow::{ensure, Result};
-use kvmi_client::abi::{id::VCPU_EVENT, vcpu::EventReply, wire::Header, Event};
-use zerocopy::{FromBytes as _, IntoBytes as _};
+use kvmi_client::abi::{id::VCPU_EVENT, wire::Header, Action, Event};
+use zerocopy::FromBytes as _;
 
 use super::{
-    message::{Exchange, EVENT},
+    message::{event_reply, Exchange, EVENT},
     Bench, Row,
 };
 use crate::{
@@ -51,15 +51,5 @@ fn answer(both: &[u8], reply: usize) -> Result<Vec<u8>> {
         header(reply)?.0
     };
     ensure!(event.id == VCPU_EVENT, "no event: {first:?}, {event:?}");
-    let header = Header {
-        // Lossless: 16.
-        size: size_of::<EventReply>() as u16,
-        ..event
-    };
-    let reply = EventReply {
-        // Lossless: ids of events are below 20.
-        event: Event::Pause.id() as u8,
-        ..Default::default()
-    };
-    Ok([header.as_bytes(), reply.as_bytes()].concat())
+    Ok(event_reply(event, Event::Pause, Action::Continue))
 }
