@@ -21,6 +21,9 @@ pub enum Unit {
     Instructions,
     /// Nanoseconds.
     Ns,
+    /// Bytes of the kernel's memory: nothing that a clock counts.
+    #[value(skip)]
+    Bytes,
 }
 
 /// Counts.
@@ -65,7 +68,7 @@ impl Clock {
         match self.unit {
             // SAFETY: every x86-64 processor has the instruction.
             Unit::Instructions => unsafe { _rdtsc() },
-            Unit::Ns => u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            _ => u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX),
         }
     }
 

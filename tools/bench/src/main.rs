@@ -3,10 +3,12 @@
 //! `kvmi_bench`: what introspection costs.
 //!
 //! `measure` runs on the host whose kernel is in question, once per [`Setting`] and [`Unit`], and
-//! prints one line of JSON per figure. `report` makes tables of the lines of all runs.
+//! prints one line of JSON per figure, as `memory` does. `report` makes tables of the lines of all
+//! runs.
 
 mod clock;
 mod figure;
+mod footprint;
 mod memory;
 mod program;
 mod report;
@@ -47,9 +49,11 @@ enum Command {
         #[arg(long, default_value = "")]
         row: String,
     },
+    /// Measures memory that the kernel takes for hooked VMs, and prints lines of JSON.
+    Memory,
     /// Prints tables of what was measured.
     Report {
-        /// Outputs of `measure`.
+        /// Outputs of `measure` and `memory`.
         #[arg(required = true)]
         files: Vec<PathBuf>,
         /// Writes all figures and targets to this file.
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
             rounds,
             row,
         } => measure(setting, unit, rounds, &row),
+        Command::Memory => footprint(),
         Command::Report { files, json } => report::report(&files, json.as_deref()),
         Command::HoldMemory => memory::hold(),
     };
@@ -100,6 +105,14 @@ fn measure(setting: Setting, unit: Unit, rounds: usize, part: &str) -> Result<()
             unit,
             spread,
         };
+        println!("{}", serde_json::to_string(&figure)?);
+    }
+    Ok(())
+}
+
+fn footprint() -> Result<()> {
+    scene::check(Setting::Hooked)?;
+    for figure in footprint::measure()? {
         println!("{}", serde_json::to_string(&figure)?);
     }
     Ok(())

@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::{
     clock::Unit,
     figure::{Figure, Setting, Spread},
-    rows,
+    footprint, rows,
     targets::{self, Outcome},
 };
 
@@ -52,6 +52,11 @@ impl Figures {
         Some(spread.median)
     }
 
+    /// Bytes of the kernel's memory, if they were counted.
+    pub fn bytes(&self, row: &str) -> Option<f64> {
+        Some(self.find(row, Setting::Hooked, Unit::Bytes)?.median)
+    }
+
     /// The time in nanoseconds, if it was measured: the best, as others use the machine, too.
     pub fn time(&self, row: &str, setting: Setting) -> Option<f64> {
         Some(self.find(row, setting, Unit::Ns)?.min)
@@ -75,7 +80,12 @@ struct Report<'a> {
 pub fn report(files: &[PathBuf], json: Option<&Path>) -> Result<()> {
     let figures = Figures::read(files)?;
     let targets = targets::outcomes(&figures);
-    println!("{}\n\n{}", figures_table(&figures), targets_table(&targets));
+    println!(
+        "{}\n\n{}\n\n{}",
+        figures_table(&figures),
+        memory_table(&figures),
+        targets_table(&targets)
+    );
     if let Some(path) = json {
         let report = Report {
             figures: &figures,
@@ -121,6 +131,17 @@ fn duration(ns: f64) -> String {
         us if us < 10.0 => format!("{us:.1} µs"),
         us => format!("{us:.0} µs"),
     }
+}
+
+fn memory_table(figures: &Figures) -> Table {
+    let header = ["restricted pages", "bytes for each"];
+    let mut table = table(header.map(String::from).into());
+    for pattern in footprint::PATTERNS {
+        let bytes = figures.bytes(pattern.name);
+        let bytes = bytes.map_or(String::new(), |bytes| format!("{bytes:.1}"));
+        table.add_row([String::from(pattern.name), bytes]);
+    }
+    table
 }
 
 fn targets_table(targets: &[Outcome]) -> Table {

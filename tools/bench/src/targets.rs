@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 
-//! What is aimed at, in instructions.
+//! What is aimed at, in instructions and in bytes.
 
 use serde::Serialize;
 
 use crate::{
     figure::Setting,
+    footprint,
     report::Figures,
     rows::{command, exit, fault, floor, pause},
 };
@@ -67,6 +68,11 @@ const TARGETS: &[Target] = &[
         what: "work with page faults, 2,000 pages restricted : module loaded",
         limit: 1.01,
         ratio: |figures| guest(figures, fault::FAULTING_2K, fault::FAULTING),
+    },
+    Target {
+        what: "bytes per restricted page, 1,000,000 of them",
+        limit: 16.0,
+        ratio: |figures| figures.bytes(footprint::DENSE),
     },
 ];
 
