@@ -69,7 +69,7 @@ demo: FLAVOUR := lab
 demo: lab-modules tools guest guest-module
 	@$(LAB) run --flavour $(FLAVOUR) --name demo -- sh tools/lab/guest/demo.sh
 
-test: lab-modules selftests tools guest $(if $(filter amd,$(VENDOR)),,bochs)
+test: lab-modules selftests tools guest guest-module $(if $(filter amd,$(VENDOR)),,bochs)
 	@$(B)/test.sh $(FLAVOUR) $(VENDOR)
 
 stress: lab-modules tools

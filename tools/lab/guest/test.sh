@@ -130,6 +130,8 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 	# shellcheck disable=SC2086  # these are several words, or none
 	provider_test kvmi_test $pace $areas
 	selftests "with kvmi_host"
+	# It takes a QEMU on the host, and patience on a debug kernel.
+	[ $VENDOR-"$FLAVOUR" != amd-lab ] || check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
 	case $VENDOR in
 	amd) again "shadow paging" npt=0 ;;
 	intel)

@@ -84,9 +84,10 @@ impl Machine for Qemu {
         qemu.arg("-serial")
             .arg(format!("file:{}", dir.serial().display()));
         qemu.arg("-kernel").arg(&host.kernel);
+        // A page of 1 GiB can only be had at boot; tests map a guest's memory by it.
         // The kernel's check of its timer panics if a busy machine lets the emulator wait meanwhile.
         qemu.arg("-append").arg(format!(
-            "console=ttyS0 {} no_timer_check tsc=reliable i8042.noaux i8042.nokbd root=machine rootfstype=9p ro \
+            "console=ttyS0 {} hugepagesz=1G hugepages=1 no_timer_check tsc=reliable i8042.noaux i8042.nokbd root=machine rootfstype=9p ro \
              rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=262144 init={} {}",
             KERNEL_ARGUMENTS.join(" "),
             dir.init().display(),

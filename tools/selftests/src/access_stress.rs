@@ -61,13 +61,17 @@ fn hammer(code: &mut CodeAssembler, vcpu: u16, rounds: u64) {
     emit(code.jne(again));
 }
 
-/// Accesses of [`hammer`] to the page, each round.
-const WRITES: u64 = 3;
+/// Accesses of a vCPU to the page, each round.
+pub const WRITES: u64 = 3;
 /// RFLAGS.TF
 const TF: u64 = 0x100;
 
 fn hammering(vcpus: u16, rounds: u64) -> (TestVm, Vec<Vcpu>) {
-    let mut vm = TestVm::new();
+    hammering_in(TestVm::new(), vcpus, rounds)
+}
+
+/// Adds vCPUs that are about to write to [`TARGET`].
+pub fn hammering_in(mut vm: TestVm, vcpus: u16, rounds: u64) -> (TestVm, Vec<Vcpu>) {
     let vcpus = (0..vcpus)
         .map(|index| {
             let address = CODE + 256 * u64::from(index);
@@ -84,7 +88,7 @@ fn number(memory: &Memory, gpa: u64) -> u64 {
 
 /// Fails the test unless all vCPUs have done what they should, and seen no trace of a step.
 #[track_caller]
-fn expect_exact(vm: &TestVm, vcpus: &mut [Vcpu], rounds: u64) {
+pub fn expect_exact(vm: &TestVm, vcpus: &mut [Vcpu], rounds: u64) {
     for vcpu in vcpus {
         assert_eq!(vcpu.exit(), Exit::Out(0x10));
         let cell = cell(vcpu.index);
@@ -98,8 +102,9 @@ fn expect_exact(vm: &TestVm, vcpus: &mut [Vcpu], rounds: u64) {
 }
 
 /// A tool that is asked about each write to [`TARGET`].
-struct Guard {
-    tool: Tool,
+pub struct Guard {
+    /// The tool.
+    pub tool: Tool,
     /// Events that came while the vCPUs were being started.
     early: VecDeque<Paused>,
 }
@@ -107,7 +112,7 @@ struct Guard {
 impl Guard {
     /// Protects the page and starts the vCPUs.
     #[track_caller]
-    fn start(vm: &TestVm, vcpus: &mut [Vcpu]) -> Self {
+    pub fn start(vm: &TestVm, vcpus: &mut [Vcpu]) -> Self {
         let mut tool = vm.hook_allowing_all();
         tool.deny(TARGET, W);
         let mut replies = Ledger::default();
@@ -142,7 +147,7 @@ impl Guard {
 
     /// Permits this many accesses.
     #[track_caller]
-    fn permit(&mut self, accesses: u64) {
+    pub fn permit(&mut self, accesses: u64) {
         for _ in 0..accesses {
             let event = self.take();
             self.tool.resume(&event);

@@ -11,11 +11,14 @@ use harness::{Options, Test};
 use tiny_vm::{guest, memory};
 
 mod access;
+mod access_delivery;
 mod access_emulated;
 mod access_end;
 mod access_insns;
 mod access_lost;
+mod access_memory;
 mod access_pv;
+mod access_size;
 mod access_stress;
 mod access_tool;
 mod address;
@@ -111,9 +114,12 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         access::TESTS,
         access_end::TESTS,
         access_insns::TESTS,
+        access_delivery::TESTS,
         access_emulated::TESTS,
         access_pv::TESTS,
         access_lost::TESTS,
+        access_size::TESTS,
+        access_memory::TESTS,
         access_stress::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,

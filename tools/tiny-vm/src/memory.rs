@@ -3,6 +3,7 @@
 //! Memory that guests use while tests look at it.
 
 use std::{
+    fs,
     ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU8, Ordering},
 };
@@ -51,6 +52,55 @@ impl Memory {
             start: NonNull::new(start).expect("nothing is mapped at address 0"),
             len,
         }
+    }
+
+    /// Memory of huge pages, if the kernel has some: `len` is a multiple of 2 MiB.
+    pub fn huge(len: usize) -> Self {
+        const ALIGN: usize = 2 << 20;
+        let all = Self::new(len + ALIGN);
+        let skip = all.address().next_multiple_of(ALIGN) - all.address();
+        // SAFETY: the mapping is longer than `skip`.
+        let start = unsafe { all.start.add(skip) };
+        let memory = Self { start, len };
+        memory.advise(libc::MADV_HUGEPAGE);
+        memory
+    }
+
+    /// A page of 1 GiB, if the host has or can find one.
+    pub fn giant() -> Option<Self> {
+        const LEN: usize = 1 << 30;
+        const NUMBER: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+        fs::write(NUMBER, "1").ok()?;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_1GB;
+        // SAFETY: a new mapping that replaces none.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), LEN, access, flags) }.ok()?;
+        let start = NonNull::new(start.cast())?;
+        Some(Self { start, len: LEN })
+    }
+
+    /// Allows the kernel to merge its pages with others of the same content.
+    pub fn mergeable(&self) {
+        assert!(self.advise(libc::MADV_MERGEABLE), "KSM is there");
+    }
+
+    /// Makes huge pages of small ones, now; returns whether that worked.
+    pub fn collapse(&self) -> bool {
+        self.advise(libc::MADV_COLLAPSE)
+    }
+
+    /// Makes small pages of huge ones.
+    pub fn split_up(&self) {
+        let page = 4096;
+        // One of the small ones is to be told apart.
+        let inner = Self { len: page, ..*self };
+        inner.advise(libc::MADV_NOHUGEPAGE);
+        inner.advise(libc::MADV_HUGEPAGE);
+    }
+
+    fn advise(&self, advice: i32) -> bool {
+        // SAFETY: the range is the mapping; no advice given here changes its content.
+        unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, advice) == 0 }
     }
 
     /// Where it is in the process.

@@ -59,6 +59,9 @@ pub const LAST32: u64 = 0x3f_f000;
 /// The last 2 MiB that guests with PAE have mapped: to [`LARGE_GPA`], which is beyond 4 GiB.
 pub const LAST_PAE: u64 = 0x3fe0_0000;
 
+/// Another GiB of 64-bit guests that is mapped to itself, by one entry where the CPU has such.
+pub const GIGABYTE: u64 = 1 << 30;
+
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 2;
 const USER: u64 = 4;
@@ -72,6 +75,7 @@ pub fn install(memory: &Memory) {
     let all = PRESENT | WRITABLE | USER;
     entry(PML4, 0, LOW_PDPT | PRESENT | WRITABLE);
     entry(LOW_PDPT, 0, LOW_PD | PRESENT | WRITABLE);
+    entry(LOW_PDPT, 1, GIGABYTE | LARGE_PAGE | PRESENT | WRITABLE);
     // Other bits of this one are reserved.
     entry(PAE_PDPT, 0, PAE_PD | PRESENT);
     for large in 0..512 {

@@ -1,0 +1,49 @@
+# shellcheck shell=sh
+# SPDX-License-Identifier: GPL-2.0 OR MIT
+#
+# Sourced by scripts that look into a live Linux guest under an unmodified QEMU,
+# after common.sh.  They have a function fail.
+
+console=/tmp/console
+map=$KERNEL/System.map
+PATCHER=build/modules/$FLAVOUR-guest
+
+kvmictl() { "$BIN/kvmictl" "$@"; }
+
+# wait_for SECONDS TEXT: until the guest prints it.
+wait_for() {
+	for _ in $(seq "$1"); do
+		grep -q "$2" $console && return
+		kill -0 "$guest" 2>/dev/null || return 1
+		sleep 1
+	done
+	return 1
+}
+
+ticks() { grep -c '^tick' $console; }
+
+# expect_ticks COUNT: the guest goes on, and has not noticed anything.
+expect_ticks() {
+	before=$(ticks)
+	wait_for 30 "^tick $((before + $1)):" || fail "the guest does not go on"
+	if trouble=$(grep -aE 'lockup|stall|BUG:|WARNING:|Oops' $console); then
+		fail "the guest noticed: $trouble"
+	fi
+}
+
+# start_guest NAME: its pid is in $guest; it is gone when the script ends.
+start_guest() {
+	: >$console
+	{
+		cat build/guest.cpio.gz
+		(cd "$PATCHER" && echo patcher.ko | cpio -o -H newc --quiet | gzip -1)
+	} >/tmp/initrd
+	qemu-system-x86_64 -name "$1" -accel kvm -cpu qemu64 -smp 2 -m 96M -display none -nodefaults \
+		-no-reboot -serial file:$console -kernel "$KERNEL/bzImage" -initrd /tmp/initrd \
+		-append "console=ttyS0 loglevel=4 panic=-1" 2>/tmp/qemu.err &
+	guest=$!
+	trap 'kill $guest 2>/dev/null' EXIT
+	wait_for 60 '^tick 3:' || { cat /tmp/qemu.err $console; fail "the guest does not come up"; }
+	# Modules are not in the System.map; their symbols are as the guest prints them.
+	{ cat "$map"; tr -d '\r' <$console | sed -n 's/^symbol: //p'; } >/tmp/guest.map
+}
