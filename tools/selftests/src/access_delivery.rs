@@ -27,8 +27,11 @@ pub const TESTS: &[Test] = &[
 
 /// The vector of a fault, to which the handler returns.
 const FAULT: u64 = 6;
-/// Exceptions, and code that causes them.
-const EXCEPTIONS: [(u64, fn(&mut CodeAssembler)); 3] = [
+/// Writes code that causes an exception.
+type Cause = fn(&mut CodeAssembler);
+
+/// Exceptions and their causes.
+const EXCEPTIONS: [(u64, Cause); 3] = [
     (3, |code| emit(code.int3())),
     (FAULT, |code| emit(code.ud2())),
     (9, |code| emit(code.int(9))),

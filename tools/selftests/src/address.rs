@@ -9,7 +9,7 @@ use kvmi_abi::{
 use zerocopy::IntoBytes as _;
 
 use crate::{
-    guest::{Mode, HIGH, HIGH_PAGES, LARGE, LARGE_GPA, LAST32, LAST_PAE},
+    guest::{Mode, GIGABYTE, HIGH, HIGH_PAGES, LARGE, LARGE_GPA, LAST32, LAST_PAE},
     harness::{note, skip, test, Ctx, Test},
     tool::{structure, Tool},
     vcpu::Vcpu,
@@ -62,7 +62,10 @@ fn addresses_of_64_bit_code_are_translated(_: &Ctx) {
                 (0xd901, 0xd901),
                 (MEMORY as u64 + 5, MEMORY as u64 + 5),
                 (0x3fff_ffff, 0x3fff_ffff),
-                (0x4000_0000, GPA_UNMAPPED),
+                // By one entry.
+                (GIGABYTE, GIGABYTE),
+                (GIGABYTE + 0x1234_5678, GIGABYTE + 0x1234_5678),
+                (2 * GIGABYTE, GPA_UNMAPPED),
                 (0x7fff_ffff_ffff, GPA_UNMAPPED),
                 (LARGE, LARGE_GPA),
                 (LARGE + 0x12_3456, LARGE_GPA + 0x12_3456),
