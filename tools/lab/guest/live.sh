@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0 OR MIT
 #
 # live.sh FLAVOUR: a live Linux guest whose kernel's code and constants are locked
-# after its boot.
+# after its boot, and in which a busy function is executed step by step.
 
 set -u
 FLAVOUR=$1
@@ -15,6 +15,11 @@ fail() {
 	exit 1
 }
 
+# code_since LINE: what the guest has said of its code since, in whole lines.
+code_since() {
+	tail -n +"$(($1 + 1))" $console | tr -d '\r' | grep -x 'kernel code: \(changed\|as built\)'
+}
+
 locked="_stext.._etext __start_rodata..__end_rodata"
 culprit=' -w- gpa .* orderly_poweroff+0x0/.* by .* patch+.* \[patcher\]'
 
@@ -25,8 +30,8 @@ export KVMI_SYMBOLS=/tmp/guest.map
 accesses=$(kvmictl guard --pid "$guest" $locked --count 2) || fail "$accesses"
 echo "$accesses"
 echo "$accesses" | grep -q "$culprit: permitted$" || fail "the culprit is not named"
-grep '^kernel code' $console | tail -n 1 | grep -q changed || fail "what was permitted was not done"
 expect_ticks 1
+code_since 0 | tail -n 1 | grep -q changed || fail "what was permitted was not done"
 
 # Blocked, the code stays as it is: which of both depends on the moment.
 # shellcheck disable=SC2086  # two words
@@ -38,12 +43,18 @@ for _ in $(seq 60); do
 done
 from=$(wc -l <$console)
 expect_ticks 2
-seen=$(tail -n +"$((from + 1))" $console | grep '^kernel code' | sort -u)
+seen=$(code_since "$from" | sort -u)
 wait $guard || fail "$(cat /tmp/guard)"
 tail -n 3 /tmp/guard
 grep -q "$culprit: blocked" /tmp/guard || fail "nothing was blocked"
 [ "$(echo "$seen" | wc -l)" = 1 ] || fail "what was blocked was done: $seen"
 expect_ticks 1
+
+# Every instruction of a function that is always busy.
+accesses=$(kvmictl guard --pid "$guest" __schedule --deny x --count 200) || fail "$accesses"
+echo "$accesses" | tail -n 2
+echo "$accesses" | grep -q -- '--x gpa .* __schedule+0x0/' || fail "it was not entered"
+expect_ticks 2
 
 kill "$guest"
 wait "$guest"
