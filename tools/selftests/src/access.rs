@@ -14,6 +14,7 @@ use kvmi_abi::{
 
 use crate::{
     access_tool::{access_request, emit, expect_accesses, with_code, NEXT, PLAIN, TARGET},
+    guest::{HIGH, HIGH_PT},
     harness::{skip, test, Ctx, Test},
     vcpu::Exit,
     vm::{TestVm, MEMORY},
@@ -38,6 +39,7 @@ pub const TESTS: &[Test] = &[
     test!(flags_never_show_the_step),
     test!(exceptions_of_stepped_code_reach_their_handler),
     test!(event_delivered_to_a_protected_stack_is_reported),
+    test!(page_table_can_be_protected_from_the_guest),
     test!(pages_can_be_execute_only_where_the_cpu_can),
 ];
 
@@ -331,6 +333,23 @@ fn event_delivered_to_a_protected_stack_is_reported(_: &Ctx) {
     expect_accesses(&mut tool, &mut vcpu, &pushes);
     let record = vm.record(0);
     assert_eq!((record.vector, record.count), (3, 1));
+}
+
+fn page_table_can_be_protected_from_the_guest(_: &Ctx) {
+    let unused = HIGH_PT + 8 * 100;
+    let (vm, mut vcpu) = with_code(|code| {
+        // What the CPU does to the table itself is no access of the guest.
+        emit(code.mov(rsi, HIGH));
+        emit(code.mov(byte_ptr(rsi), 1));
+        emit(code.mov(rax, 0x1234u64));
+        emit(code.mov(qword_ptr(unused), rax));
+        emit(code.invlpg(byte_ptr(rsi)));
+        emit(code.mov(byte_ptr(rsi), 2));
+    });
+    let mut tool = vm.hook_allowing_all();
+    tool.deny(HIGH_PT, W);
+    expect_accesses(&mut tool, &mut vcpu, &[(unused, W)]);
+    assert_eq!(vm.memory.read(unused, 2), [0x34, 0x12]);
 }
 
 fn pages_can_be_execute_only_where_the_cpu_can(_: &Ctx) {

@@ -19,7 +19,7 @@ mod tables;
 
 pub use code::{INT3_CODE, INTO_CODE, OUT_CODE, SPIN_CODE};
 pub use handlers::{has_error_code, record, Record};
-pub use tables::{GIGABYTE, HIGH, HIGH_PAGES, LARGE, LARGE_GPA, LAST32, LAST_PAE};
+pub use tables::{GIGABYTE, HIGH, HIGH_PAGES, HIGH_PT, LARGE, LARGE_GPA, LAST32, LAST_PAE};
 
 use code::{COUNT64_CODE, COUNT_CODE, HALT_CODE, STORE_XMM_CODE};
 use handlers::{IDT32, IDT32_SIZE, IDT64, IDT64_SIZE};

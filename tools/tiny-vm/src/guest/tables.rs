@@ -11,7 +11,8 @@ const LOW_PDPT: u64 = 0x5000;
 const LOW_PD: u64 = 0x6000;
 const HIGH_PDPT: u64 = 0x7000;
 const HIGH_PD: u64 = 0x8000;
-const HIGH_PT: u64 = 0x9000;
+/// The last level of what is mapped from [`HIGH`] on.
+pub const HIGH_PT: u64 = 0x9000;
 /// Two levels: 4 MiB are mapped to themselves, but for their last page.
 pub const PD32: u64 = 0xa000;
 const PT32: u64 = 0xb000;
