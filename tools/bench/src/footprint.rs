@@ -2,8 +2,6 @@
 
 //! Memory of the kernel that restricted pages take.
 
-use std::fs;
-
 use anyhow::{Context as _, Result};
 use tiny_vm::PAGE;
 
@@ -69,14 +67,7 @@ impl Pattern {
     }
 }
 
-/// Bytes in nodes of XArrays, those of which a CPU keeps a few in reserve included.
+/// Bytes in nodes of XArrays.
 fn node_bytes() -> Result<u64> {
-    let caches = fs::read_to_string("/proc/slabinfo").context("cannot read /proc/slabinfo")?;
-    let nodes = caches.lines().find_map(|line| {
-        let mut words = line.strip_prefix("radix_tree_node ")?.split_whitespace();
-        let active: u64 = words.next()?.parse().ok()?;
-        let size: u64 = words.nth(1)?.parse().ok()?;
-        Some(active * size)
-    });
-    nodes.context("/proc/slabinfo knows no nodes of XArrays")
+    tiny_vm::tree_bytes().context("/proc/slabinfo knows no nodes of XArrays")
 }

@@ -136,17 +136,5 @@ fn a_million_pages_can_be_restricted(ctx: &Ctx) {
 
 /// Bytes that the kernel has for nodes of radix trees.
 fn nodes() -> u64 {
-    let Ok(table) = fs::read_to_string("/proc/slabinfo") else {
-        skip("this kernel does not tell how much memory it uses for what");
-    };
-    let line = table
-        .lines()
-        .find(|line| line.starts_with("radix_tree_node "));
-    let mut numbers = line.unwrap_or_default().split_whitespace().skip(1);
-    let mut next = || numbers.next().and_then(|number| number.parse().ok());
-    let (active, _, size): (Option<u64>, Option<u64>, Option<u64>) = (next(), next(), next());
-    match (active, size) {
-        (Some(active), Some(size)) => active * size,
-        _ => skip("this kernel's trees have no memory of their own"),
-    }
+    tiny_vm::tree_bytes().unwrap_or_else(|| skip("this kernel does not tell the size of its trees"))
 }

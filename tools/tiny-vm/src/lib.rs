@@ -11,6 +11,6 @@ mod runner;
 pub mod vm;
 
 pub use guest::Guest;
-pub use memory::Memory;
+pub use memory::{tree_bytes, Memory};
 pub use runner::{avoid_cpu0, handle_signals, Runner};
 pub use vm::{Vm, MEMORY, PAGE, SCRATCH};

@@ -43,15 +43,16 @@ impl Memory {
     }
 
     fn map(address: usize, len: usize, flags: MapFlags) -> Self {
+        Self::try_map(address, len, flags).expect("memory can be mapped")
+    }
+
+    fn try_map(address: usize, len: usize, flags: MapFlags) -> Option<Self> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let address = std::ptr::without_provenance_mut(address);
         // SAFETY: a new mapping that replaces none.
-        let start = unsafe { mmap_anonymous(address, len, access, flags) };
-        let start = start.expect("memory can be mapped").cast();
-        Self {
-            start: NonNull::new(start).expect("nothing is mapped at address 0"),
-            len,
-        }
+        let start = unsafe { mmap_anonymous(address, len, access, flags) }.ok()?;
+        let start = NonNull::new(start.cast())?;
+        Some(Self { start, len })
     }
 
     /// Memory of huge pages, if the kernel has some: `len` is a multiple of 2 MiB.
@@ -71,12 +72,8 @@ impl Memory {
         const LEN: usize = 1 << 30;
         const NUMBER: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
         fs::write(NUMBER, "1").ok()?;
-        let access = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_1GB;
-        // SAFETY: a new mapping that replaces none.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), LEN, access, flags) }.ok()?;
-        let start = NonNull::new(start.cast())?;
-        Some(Self { start, len: LEN })
+        Self::try_map(0, LEN, flags)
     }
 
     /// Allows the kernel to merge its pages with others of the same content.
@@ -166,4 +163,16 @@ impl Memory {
         // SAFETY: the range is inside the mapping and aligned, see `bytes`.
         unsafe { AtomicU32::from_ptr(self.bytes(offset, 4).as_ptr().cast_mut().cast()) }
     }
+}
+
+/// Bytes that the kernel has in nodes of XArrays, which are radix trees, if it tells. Those that a
+/// CPU keeps in reserve are included.
+pub fn tree_bytes() -> Option<u64> {
+    let caches = fs::read_to_string("/proc/slabinfo").ok()?;
+    let mut lines = caches.lines();
+    let nodes = lines.find_map(|line| line.strip_prefix("radix_tree_node "))?;
+    let mut numbers = nodes.split_whitespace();
+    let active: u64 = numbers.next()?.parse().ok()?;
+    let size: u64 = numbers.nth(1)?.parse().ok()?;
+    Some(active * size)
 }
