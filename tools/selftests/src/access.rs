@@ -38,7 +38,6 @@ pub const TESTS: &[Test] = &[
     test!(repeated_instruction_makes_an_event_for_each_iteration),
     test!(flags_never_show_the_step),
     test!(exceptions_of_stepped_code_reach_their_handler),
-    test!(event_delivered_to_a_protected_stack_is_reported),
     test!(page_table_can_be_protected_from_the_guest),
     test!(pages_can_be_execute_only_where_the_cpu_can),
 ];
@@ -317,22 +316,6 @@ fn exceptions_of_stepped_code_reach_their_handler(_: &Ctx) {
         (record.vector, record.rip, record.count),
         (3, TARGET + 1, 1)
     );
-}
-
-fn event_delivered_to_a_protected_stack_is_reported(_: &Ctx) {
-    let (vm, mut vcpu) = with_code(|code| {
-        emit(code.mov(r8, rsp));
-        emit(code.mov(rsp, NEXT));
-        emit(code.int3());
-        emit(code.mov(rsp, r8));
-    });
-    let mut tool = vm.hook_allowing_all();
-    tool.deny(TARGET, W);
-    // What the CPU pushes, all of it at once; then three words of the handler.
-    let pushes = [1, 6, 7, 8].map(|word| (NEXT - 8 * word, W));
-    expect_accesses(&mut tool, &mut vcpu, &pushes);
-    let record = vm.record(0);
-    assert_eq!((record.vector, record.count), (3, 1));
 }
 
 fn page_table_can_be_protected_from_the_guest(_: &Ctx) {

@@ -22,6 +22,7 @@ const AREA: &str = "access_delivery";
 pub const TESTS: &[Test] = &[
     test!(tables_that_delivery_reads_are_reported),
     test!(handler_on_a_protected_page_is_reported),
+    test!(event_delivered_to_a_protected_stack_is_reported),
     test!(interrupt_delivered_to_a_protected_stack_is_reported),
 ];
 
@@ -103,6 +104,28 @@ fn handler_on_a_protected_page_is_reported(_: &Ctx) {
     }
 }
 
+/// Runs code that has its stack below [`NEXT`] when there is an exception or interrupt.
+#[track_caller]
+fn expect_pushes(vm: &TestVm, vcpu: &mut Vcpu, vector: u64) {
+    let mut tool = vm.hook_allowing_all();
+    tool.deny(TARGET, W);
+    // What the CPU pushes, all of it at once; then three words of the handler.
+    let pushes = [1, 6, 7, 8].map(|word| (NEXT - 8 * word, W));
+    expect_accesses(&mut tool, vcpu, &pushes);
+    let record = vm.record(0);
+    assert_eq!((record.vector, record.count), (vector, 1));
+}
+
+fn event_delivered_to_a_protected_stack_is_reported(_: &Ctx) {
+    let (vm, mut vcpu) = with_code(|code| {
+        emit(code.mov(r8, rsp));
+        emit(code.mov(rsp, NEXT));
+        emit(code.int3());
+        emit(code.mov(rsp, r8));
+    });
+    expect_pushes(&vm, &mut vcpu, 3);
+}
+
 fn interrupt_delivered_to_a_protected_stack_is_reported(_: &Ctx) {
     const VECTOR: u32 = 31;
     let mut vm = TestVm::new().with_irqchip();
@@ -126,11 +149,5 @@ fn interrupt_delivered_to_a_protected_stack_is_reported(_: &Ctx) {
         emit(code.cli());
         emit(code.mov(rsp, r8));
     });
-    let mut tool = vm.hook_allowing_all();
-    tool.deny(TARGET, W);
-    // What the CPU pushes, all of it at once; then three words of the handler.
-    let pushes = [1, 6, 7, 8].map(|word| (NEXT - 8 * word, W));
-    expect_accesses(&mut tool, &mut vcpu, &pushes);
-    let record = vm.record(0);
-    assert_eq!((record.vector, record.count), (u64::from(VECTOR), 1));
+    expect_pushes(&vm, &mut vcpu, VECTOR.into());
 }

@@ -11,7 +11,9 @@ use kvmi_abi::access::W;
 use crate::{
     access_tool::{emit, with_code, TARGET},
     harness::{skip, test, Ctx, Test},
-    vcpu::Exit,
+    tool::Tool,
+    vcpu::{Exit, Vcpu},
+    vm::TestVm,
 };
 
 const AREA: &str = "access_lost";
@@ -60,18 +62,25 @@ fn number(file: &str) -> Option<u64> {
     fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
-fn lost_trap_is_noticed_at_the_next_exit(_: &Ctx) {
-    let (vm, mut vcpu) = with_code(|code| {
-        emit(code.mov(byte_ptr(TARGET), 1));
-        emit(code.out(0x11, al));
-        emit(code.mov(byte_ptr(TARGET), 2));
-    });
+/// Runs code that begins with a write to [`TARGET`], which is permitted and whose trap gets lost.
+#[track_caller]
+fn losing_a_trap(write: impl FnOnce(&mut CodeAssembler)) -> (TestVm, Vcpu, Tool, Loss) {
+    let (vm, mut vcpu) = with_code(write);
     let mut tool = vm.hook_allowing_all();
     tool.deny(TARGET, W);
     tool.run_wanting_pf(&mut vcpu);
     let event = tool.expect_pf(0, TARGET, W);
     let loss = Loss::of_next_trap();
     tool.resume(&event);
+    (vm, vcpu, tool, loss)
+}
+
+fn lost_trap_is_noticed_at_the_next_exit(_: &Ctx) {
+    let (vm, mut vcpu, mut tool, loss) = losing_a_trap(|code| {
+        emit(code.mov(byte_ptr(TARGET), 1));
+        emit(code.out(0x11, al));
+        emit(code.mov(byte_ptr(TARGET), 2));
+    });
     assert_eq!(vcpu.exit(), Exit::Out(0x11));
     assert_eq!(loss.noticed(), 1);
     vcpu.run();
@@ -86,7 +95,7 @@ fn lost_trap_is_noticed_at_the_next_exit(_: &Ctx) {
 fn guest_without_exits_of_its_own_is_stopped_all_the_same(_: &Ctx) {
     // Far longer than until the host's next timer interrupt.
     const ROUNDS: u64 = 20_000_000;
-    let (vm, mut vcpu) = with_code(|code| {
+    let (_vm, mut vcpu, mut tool, loss) = losing_a_trap(|code| {
         let mut again = code.create_label();
         emit(code.mov(byte_ptr(TARGET), 1));
         emit(code.mov(rcx, ROUNDS));
@@ -95,12 +104,6 @@ fn guest_without_exits_of_its_own_is_stopped_all_the_same(_: &Ctx) {
         emit(code.jne(again));
         emit(code.mov(byte_ptr(TARGET), 2));
     });
-    let mut tool = vm.hook_allowing_all();
-    tool.deny(TARGET, W);
-    tool.run_wanting_pf(&mut vcpu);
-    let event = tool.expect_pf(0, TARGET, W);
-    let loss = Loss::of_next_trap();
-    tool.resume(&event);
     let event = tool.expect_pf(0, TARGET, W);
     assert_eq!(loss.noticed(), 1);
     tool.resume(&event);
