@@ -7,6 +7,8 @@
 console=/tmp/console
 map=$KERNEL/System.map
 PATCHER=build/modules/$FLAVOUR-guest
+# The kernel's code and constants, for kvmictl guard; two words.
+locked="_stext.._etext __start_rodata..__end_rodata"
 
 kvmictl() { "$BIN/kvmictl" "$@"; }
 

@@ -20,7 +20,6 @@ code_since() {
 	tail -n +"$(($1 + 1))" $console | tr -d '\r' | grep -x 'kernel code: \(changed\|as built\)'
 }
 
-locked="_stext.._etext __start_rodata..__end_rodata"
 culprit=' -w- gpa .* orderly_poweroff+0x0/.* by .* patch+.* \[patcher\]'
 
 start_guest live
