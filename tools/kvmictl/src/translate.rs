@@ -3,8 +3,8 @@
 //! `kvmictl translate`
 
 use anyhow::Result;
-use kvmi_client::Error;
-use serde_json::json;
+use kvmi_client::{Error, TableEntry};
+use serde_json::{json, Value};
 
 use crate::{
     cli::Translate,
@@ -18,13 +18,43 @@ pub fn run(arguments: &Translate, output: &mut Output) -> Result<()> {
     let mut session = Session::open(&arguments.vm)?;
     session.check_vcpu(vcpu)?;
     let gva = arguments.gva.resolve(&arguments.symbols, &mut session)?;
-    let found = session.vm.translate_gva(vcpu, gva)?;
+    let (found, tables) = if arguments.tables {
+        // What is said of the tables has to be true at one time.
+        let mut paused = session.pause()?;
+        let tables = paused.page_tables(vcpu, gva)?;
+        let found = paused.translate_gva(vcpu, gva)?;
+        paused.resume()?;
+        (found, tables)
+    } else {
+        (session.vm.translate_gva(vcpu, gva)?, Vec::new())
+    };
     session.close()?;
 
+    if !output.is_json() {
+        for entry in &tables {
+            output.line(line(entry))?;
+        }
+    }
     let found = found.ok_or(Error::Unmapped(gva))?;
     if output.is_json() {
-        let translation = json!({ "vcpu": vcpu, "gva": hex(gva), "gpa": gpa(found) });
+        let mut translation = json!({ "vcpu": vcpu, "gva": hex(gva), "gpa": gpa(found) });
+        if arguments.tables {
+            translation["tables"] = tables.iter().map(object).collect();
+        }
         return Ok(output.json(&translation)?);
     }
     Ok(output.line(gpa(found))?)
+}
+
+fn line(entry: &TableEntry) -> String {
+    let TableEntry {
+        level,
+        gpa: at,
+        value,
+    } = entry;
+    format!("level {level}: {value:#018x} at {}", gpa(*at))
+}
+
+fn object(entry: &TableEntry) -> Value {
+    json!({ "level": entry.level, "gpa": gpa(entry.gpa), "value": hex(entry.value) })
 }

@@ -68,6 +68,9 @@ pub struct Translate {
     /// The vCPU whose virtual address it is.
     #[arg(long, value_name = "N", default_value = "0")]
     pub vcpu: u16,
+    /// Tell which entries of the guest's page tables say so, too.
+    #[arg(long)]
+    pub tables: bool,
     /// Guest virtual address: a number, a symbol such as init_task, or SYMBOL+0x10.
     pub gva: Address,
     #[command(flatten)]
