@@ -122,7 +122,7 @@ said 2
 
 caption "Lock the kernel's code and constants: who writes there?"
 echo "Once per second a module in the guest changes the kernel's code, as a rootkit would:"
-grep '^kernel code' $console | tail -n 1
+grep '^kernel text' $console | tail -n 1
 export KVMI_SYMBOLS=/tmp/guest.map
 # shellcheck disable=SC2086  # two words
 watched=$(show kvmictl guard --pid $guest $locked --count 4) || fail "$watched"
@@ -157,11 +157,11 @@ grep -q 'patch+.*: blocked, skipped$' /tmp/guard || fail "nothing was blocked"
 echo "Meanwhile the guest has printed:"
 tail -n +"$((lines + 1))" $console >/tmp/meanwhile
 head -n 4 /tmp/meanwhile
-grep -q '^kernel code: as built' /tmp/meanwhile || fail "the kernel's code was changed"
+grep -q '^kernel text: as built' /tmp/meanwhile || fail "the kernel's code was changed"
 expect_ticks 3
 echo "And afterwards:"
 tail -n 2 $console
-grep '^kernel code' $console | tail -n 1 | grep -q changed || fail "the guest is still locked"
+grep '^kernel text' $console | tail -n 1 | grep -q changed || fail "the guest is still locked"
 
 caption "Detached, the guest runs on"
 expect_ticks 1
