@@ -14,9 +14,10 @@ use kvmi_abi::access::{PageAccess, ALL, R, W, X};
 
 use crate::{
     access_stress::{expect_exact, hammering_in, Guard, WRITES},
-    access_tool::{add_code, emit, expect_accesses, CODE, TARGET},
+    access_tool::{add_code, emit, expect_accesses, CODE, NEXT, TARGET},
     harness::{note, skip, test, Ctx, Test},
     memory::Memory,
+    util::wait_for,
     vm::{TestVm, MEMORY, PAGE},
 };
 
@@ -24,8 +25,9 @@ const AREA: &str = "access_memory";
 
 /// The tests of this file.
 pub const TESTS: &[Test] = &[
-    test!(events_stay_exact_while_the_memory_is_merged_collapsed_and_moved).long(),
+    test!(events_stay_exact_while_the_memory_is_merged_collapsed_moved_and_swapped).long(),
     test!(restriction_survives_the_loss_of_its_page),
+    test!(restriction_survives_swapping),
     test!(a_million_pages_can_be_restricted).long(),
 ];
 
@@ -52,7 +54,7 @@ impl Drop for Setting {
     }
 }
 
-fn events_stay_exact_while_the_memory_is_merged_collapsed_and_moved(ctx: &Ctx) {
+fn events_stay_exact_while_the_memory_is_merged_collapsed_moved_and_swapped(ctx: &Ctx) {
     let _settings = [
         ("/sys/kernel/mm/ksm/sleep_millisecs", "0"),
         ("/sys/kernel/mm/ksm/pages_to_scan", "4096"),
@@ -73,6 +75,7 @@ fn events_stay_exact_while_the_memory_is_merged_collapsed_and_moved(ctx: &Ctx) {
                 // Whether it works depends on what the others are doing just now.
                 done += u32::from(memory.collapse());
                 let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+                memory.swap_out();
                 memory.split_up();
             }
             done
@@ -102,6 +105,34 @@ fn restriction_survives_the_loss_of_its_page(_: &Ctx) {
         vm.memory.discard(TARGET as usize, PAGE);
         assert_eq!(vm.memory.read(TARGET, 1), [0]);
     }
+}
+
+fn restriction_survives_swapping(_: &Ctx) {
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    if swaps.lines().count() < 2 {
+        skip("the host has no swap");
+    }
+    let mut vm = TestVm::new();
+    let mut vcpu = add_code(&mut vm, CODE, |code| {
+        for _ in 1..=3 {
+            emit(code.inc(byte_ptr(TARGET)));
+            emit(code.inc(byte_ptr(NEXT)));
+            emit(code.out(0x10, al));
+        }
+    });
+    let mut tool = vm.hook_allowing_all();
+    tool.deny(TARGET, W);
+    for _ in 1..=3 {
+        expect_accesses(&mut tool, &mut vcpu, &[(TARGET, W)]);
+        for page in [TARGET, NEXT] {
+            wait_for("the page is swapped out", || {
+                vm.memory.swap_out();
+                vm.memory.is_swapped_out(page)
+            });
+        }
+    }
+    assert_eq!(vm.memory.read(TARGET, 1), [3]);
+    assert_eq!(vm.memory.read(NEXT, 1), [3]);
 }
 
 fn a_million_pages_can_be_restricted(ctx: &Ctx) {

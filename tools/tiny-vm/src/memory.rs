@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    os::unix::fs::FileExt as _,
     ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU8, Ordering},
 };
@@ -93,6 +94,23 @@ impl Memory {
         let inner = Self { len: page, ..*self };
         inner.advise(libc::MADV_NOHUGEPAGE);
         inner.advise(libc::MADV_HUGEPAGE);
+    }
+
+    /// Has the kernel swap its pages out, as far as it likes to.
+    pub fn swap_out(&self) {
+        self.advise(libc::MADV_PAGEOUT);
+    }
+
+    /// Whether the page at `offset` is swapped out.
+    pub fn is_swapped_out(&self, offset: u64) -> bool {
+        // Documentation/admin-guide/mm/pagemap.rst: 8 bytes for each page.
+        const SWAPPED: u64 = 1 << 62;
+        let page = (self.address() as u64 + offset) / 4096;
+        let mut entry = [0; 8];
+        let pages = fs::File::open("/proc/self/pagemap").expect("procfs is there");
+        let read = pages.read_exact_at(&mut entry, page * 8);
+        read.expect("the kernel tells about every page");
+        u64::from_le_bytes(entry) & SWAPPED != 0
     }
 
     fn advise(&self, advice: i32) -> bool {
