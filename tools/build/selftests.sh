@@ -1,15 +1,18 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Builds KVM's own selftests of the patched tree, as far as the lab runs them,
-# into build/selftests.  Follows kernel.sh.
+# selftests.sh FLAVOUR: builds KVM's own selftests of the patched tree, as far as
+# the lab runs them, into build/selftests.  Follows kernel.sh.
 
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/toolchain.sh"
 
 OUT=$ROOT/build/selftests
-KDIR=$(realpath "$ROOT/build/kernel/lab/kdir")
-TREE=$(realpath "$ROOT/build/kernel/lab/source")
+# They are the same for all flavours: built once.
+kernel=$ROOT/build/kernel/lab
+[ -e "$kernel" ] || kernel=$ROOT/build/kernel/$1
+KDIR=$(realpath "$kernel/kdir")
+TREE=$(realpath "$kernel/source")
 mapfile -t tests < <(awk '!/^#/ && NF { sub(/,.*/, "", $1); print $1 }' "$ROOT/tools/lab/guest/selftests" | sort -u)
 
 build() {
