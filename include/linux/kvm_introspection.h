@@ -27,7 +27,7 @@ struct kvm_vcpu;
 struct module;
 
 /* Bumped with every change of this interface; checked at registration. */
-#define KVM_INTROSPECTION_ABI	3
+#define KVM_INTROSPECTION_ABI	4
 
 /**
  * enum kvmi_slot_change - what happened to a memory slot
@@ -116,6 +116,35 @@ struct kvmi_violation {
 };
 
 /**
+ * struct kvmi_page_map - a page that stands for one of another VM
+ * @gfn: the page
+ * @target_gfn: that of the other VM
+ */
+struct kvmi_page_map {
+	u64 gfn;
+	u64 target_gfn;
+};
+
+/* How many pages of other VMs can be mapped at once. */
+#define KVMI_MAP_BATCH	32
+
+/**
+ * struct kvmi_hypercall - a guest calls the hypervisor
+ * @nr: number of the call
+ * @args: what it is about; all of it 32 bits wide outside of 64-bit code
+ * @ret: out: the result
+ * @cpl: privilege level of the caller
+ * @padding: 0
+ */
+struct kvmi_hypercall {
+	u64 nr;
+	u64 args[4];
+	u64 ret;
+	u32 cpl;
+	u32 padding;
+};
+
+/**
  * struct kvm_introspection_ops - the provider's callbacks
  * @owner: the provider's module; pinned while any VM is attached and during
  *	every callback
@@ -143,9 +172,13 @@ struct kvmi_violation {
  *	-EINTR to leave KVM_RUN because of a signal and be called again at the
  *	next KVM_RUN; 0 to leave KVM_RUN with the exit reason that
  *	kvmi_vcpu_crash() has set.
+ * @hypercall: The guest makes a hypercall by KVM's convention, whatever hypervisor
+ *	it may have taken this for.  Called like @vcpu_work.  Returns 1 if the call
+ *	was the provider's business; -EINTR to have the guest repeat the instruction,
+ *	because of a signal that is pending; 0 if the call is not for the provider.
  *
- * @vcpu_create, @vcpu_destroy, @memslot and @vcpu_work get the pointers that
- * kvmi_vm_attach() and @vcpu_create handed over.
+ * @vcpu_create, @vcpu_destroy, @memslot, @vcpu_work and @hypercall get the pointers
+ * that kvmi_vm_attach() and @vcpu_create handed over.
  */
 struct kvm_introspection_ops {
 	struct module *owner;
@@ -162,6 +195,7 @@ struct kvm_introspection_ops {
 	void (*memslot)(void *vm_priv, u64 base_gfn, u64 npages, u32 as_id,
 			enum kvmi_slot_change change);
 	int (*vcpu_work)(void *vcpu_priv);
+	int (*hypercall)(void *vcpu_priv, struct kvmi_hypercall *call);
 };
 
 /* For the provider: registration.  Process context, may sleep. */
@@ -185,6 +219,12 @@ int kvmi_vm_set_access(struct kvm *kvm, struct kvmi_page_access *pages,
 		       u32 count);
 u32 kvmi_vm_next_access(struct kvm *kvm, u64 *gfn);
 void kvmi_vm_clear_access(struct kvm *kvm);
+
+/* For the provider: pages of other VMs. */
+int kvmi_vcpu_map(struct kvm_vcpu *vcpu, struct kvm *target,
+		  const struct kvmi_page_map *pages, u32 count, bool writable);
+u32 kvmi_vcpu_unmap(struct kvm_vcpu *vcpu, const u64 *gfns, u32 count);
+void kvmi_vm_take_back(struct kvm *kvm);
 
 /* For the provider: vCPUs. */
 void kvmi_vcpu_request(struct kvm_vcpu *vcpu);

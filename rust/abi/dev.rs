@@ -42,6 +42,12 @@ pub const PAGE_WALKS: u32 = iow::<PageWalks>(KVMI_IO, 0x04);
 /// `ENOENT` if none is from the address given on.
 pub const VM_ACCESS: u32 = iowr::<VmAccess>(KVMI_IO, 0x05);
 
+/// Allows a VM's guest to map pages of VMs that are introspected, if it has a token for that, or
+/// forbids it again: takes an [`Introspector`]. This is so until the VM is gone, whoever has the
+/// file open. Fails with `EEXIST` if it is allowed already or the VM is introspected itself,
+/// `ENOENT` if it is not allowed.
+pub const INTROSPECTOR: u32 = iow::<Introspector>(KVMI_IO, 0x06);
+
 /// Argument of [`ATTACH`] (`kvmi_dev_attach`).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -64,6 +70,9 @@ pub struct Attach {
 pub const STATUS_HOOKED: u32 = 1 << 0;
 /// The tool's end of the socket, or the host's, is closed.
 pub const STATUS_DISCONNECTED: u32 = 1 << 1;
+
+/// The VM is an introspector's.
+pub const STATUS_INTROSPECTOR: u32 = 1 << 2;
 
 /// Argument of [`VM_STATUS`] (`kvmi_dev_vm_status`): `vm_fd` is read, the rest is written.
 #[derive(
@@ -143,6 +152,18 @@ pub struct VmAccess {
     pub size: u64,
 }
 
+/// Argument of [`INTROSPECTOR`] (`kvmi_dev_introspector`).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Introspector {
+    /// VM file descriptor, in the calling process.
+    pub vm_fd: i32,
+    /// 1 to allow it, 0 to forbid it again.
+    pub enable: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,5 +176,6 @@ mod tests {
         assert_eq!(EVENT_TIMEOUT, 0x4008_B903);
         assert_eq!(PAGE_WALKS, 0x4008_B904);
         assert_eq!(VM_ACCESS, 0xC018_B905);
+        assert_eq!(INTROSPECTOR, 0x4008_B906);
     }
 }

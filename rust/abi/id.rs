@@ -99,6 +99,8 @@ ids! {
         VmControlCleanup = 18, "VM_CONTROL_CLEANUP", true;
         /// Restricts access to pages.
         VmSetPageAccess = 20, "VM_SET_PAGE_ACCESS", true;
+        /// A token by which the tool's own VM maps pages.
+        VmGetMapToken = 22, "VM_GET_MAP_TOKEN", true;
         /// TSC frequency.
         VcpuGetInfo = 3, "VCPU_GET_INFO", true;
         /// Switches an event of a vCPU on or off.
@@ -181,10 +183,7 @@ mod tests {
             assert_eq!(all & bit, 0);
             all | bit
         });
-        assert_eq!(
-            commands,
-            0x3fff_fffc & !(1 << 22 | 1 << 24 | 1 << 26 | 1 << 28)
-        );
+        assert_eq!(commands, 0x3fff_fffc & !(1 << 24 | 1 << 26 | 1 << 28));
         assert!(Command::ALL.iter().all(|c| c.id() < COMMAND_IDS));
         assert!(Event::ALL.iter().all(|e| e.id() < EVENT_IDS));
     }

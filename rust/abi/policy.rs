@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(commands(2, 8), Err(FeatureError::Invalid));
         assert_eq!(commands(1, -2), Err(FeatureError::Invalid));
         assert_eq!(commands(1, i32::MIN), Err(FeatureError::Invalid));
-        for unknown in [0, 1, 22, 30, 31, 32, 1000, i32::MAX] {
+        for unknown in [0, 1, 24, 30, 31, 32, 1000, i32::MAX] {
             assert_eq!(commands(1, unknown), Err(FeatureError::Invalid));
         }
         for unknown in [2, 18, 20, 32] {
@@ -229,7 +229,7 @@ mod tests {
         let mut policy = Policy::default();
         assert_eq!(policy.check_command(2), Ok(()));
         assert_eq!(policy.check_command(12), Err(KvmiError::Perm));
-        for unknown in [0, 1, 22, 30, 0xffff] {
+        for unknown in [0, 1, 24, 30, 0xffff] {
             assert_eq!(policy.check_command(unknown), Err(KvmiError::NoEnt));
         }
         assert_eq!(policy.check_event(0), Err(KvmiError::Perm));

@@ -8,6 +8,7 @@ use crate::{
     error::KvmiError,
     id::{Command, Event, Scope, VCPU_EVENT},
     policy::Policy,
+    token::GetMapToken,
     vcpu::PauseVcpu,
     vcpu_request::{EventAnswer, VcpuMessage},
     wire::{zero_extended, Header},
@@ -59,6 +60,11 @@ pub enum Request<'a> {
     },
     /// `VM_SET_PAGE_ACCESS`
     SetPageAccess(PageList<'a>),
+    /// `VM_GET_MAP_TOKEN`
+    GetMapToken {
+        /// Whether the pages may be written to.
+        writable: bool,
+    },
     /// A command for a vCPU.
     Vcpu(VcpuMessage<'a>),
     /// The reply to an event of a vCPU.
@@ -121,6 +127,9 @@ impl<'a> Request<'a> {
             Command::VmControlCleanup => control_cleanup(payload),
             Command::VmPauseVcpu => pause_vcpu(payload, policy),
             Command::VmSetPageAccess => PageList::parse(payload).map(Self::SetPageAccess),
+            Command::VmGetMapToken => Ok(Self::GetMapToken {
+                writable: GetMapToken::parse(payload)?,
+            }),
             _ => Ok(Self::Vcpu(VcpuMessage::parse(command, payload)?)),
         }
     }

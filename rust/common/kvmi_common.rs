@@ -7,6 +7,7 @@
 
 pub mod kthread;
 pub mod miscdev;
+pub mod random;
 pub mod socket;
 mod wait;
 

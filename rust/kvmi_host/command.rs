@@ -19,10 +19,7 @@ use kvmi_abi::{
 use zerocopy::IntoBytes;
 
 use crate::{
-    kvm::{
-        Provider,
-        Restriction, //
-    },
+    kvm::Restriction,
     session::Session, //
 };
 
@@ -111,6 +108,12 @@ pub(crate) fn execute<'a>(
             }
             session.vm().set_access(pages)?;
             Ok(NOTHING)
+        }
+        Request::GetMapToken { writable } => {
+            let mut token = session.tokens().issue(writable)?;
+            let put = scratch.put(&token);
+            token.wipe();
+            put
         }
         // Not commands of the VM: see the receiver.
         Request::Vcpu(_) | Request::EventReply(_) => Err(KvmiError::NoSys),

@@ -25,14 +25,17 @@ use kvmi_abi::{
     dev::{
         Attach,
         PageWalks,
+        Introspector as IntrospectorArg,
         VmAccess,
         VmMemory,
         VmStatus,
         ATTACH,
         EVENT_TIMEOUT,
+        INTROSPECTOR,
         PAGE_WALKS,
         STATUS_DISCONNECTED,
         STATUS_HOOKED,
+        STATUS_INTROSPECTOR,
         VM_ACCESS,
         VM_MEMORY,
         VM_STATUS, //
@@ -51,8 +54,10 @@ use crate::{
         time_limit,
         write_arg, //
     },
+    introspector::Introspector,
     kvm::VmRef,
     registry,
+    role::Role,
     session::Session,
     settings::{
         command_change,
@@ -105,6 +110,7 @@ impl MiscDevice for DeviceFile {
             }
             EVENT_TIMEOUT => me.set_event_timeout(read_arg(arg)?),
             PAGE_WALKS => me.report_page_walks(read_arg(arg)?),
+            INTROSPECTOR => set_introspector(read_arg(arg)?),
             VM_ACCESS => {
                 let access = vm_access(read_arg(arg)?)?;
                 write_arg(arg, &access)?;
@@ -211,7 +217,11 @@ fn vm_status(request: VmStatus) -> Result<VmStatus> {
         ..VmStatus::default()
     };
 
-    if let Some(session) = registry::find(vm.id()).filter(|s| s.is_hooked()) {
+    let role = registry::find(vm.id());
+    let role = role.filter(Role::is_played);
+    if let Some(Role::Introspector(_)) = role {
+        status.flags |= STATUS_INTROSPECTOR;
+    } else if let Some(Role::Target(session)) = role {
         let identity = session.identity();
         let counters = session.counters();
 
@@ -228,6 +238,19 @@ fn vm_status(request: VmStatus) -> Result<VmStatus> {
         status.held_ns = counters.held_ns.load(Relaxed);
     }
     Ok(status)
+}
+
+/// Makes the VM behind the file descriptor in `request` an introspector, or ends that.
+fn set_introspector(request: IntrospectorArg) -> Result<isize> {
+    let vm = VmRef::from_fd(request.vm_fd)?;
+    vm.may_attach()?;
+    match (request.enable, registry::find(vm.id())) {
+        (1, _) => Introspector::appoint(&vm)?,
+        (0, Some(Role::Introspector(introspector))) => introspector.dismiss(),
+        (0, _) => return Err(ENOENT),
+        _ => return Err(EINVAL),
+    }
+    Ok(0)
 }
 
 /// Tells where the VM behind the file descriptor in `request` has memory.

@@ -70,7 +70,7 @@ pub(crate) fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
             Session::hook(vm, hook.fd, hook.uuid, Settings::default())?;
             Ok(0)
         }
-        _ => session_ioctl(registry::find(vm.id()), cmd, arg),
+        _ => session_ioctl(registry::find_session(vm.id()), cmd, arg),
     }
 }
 

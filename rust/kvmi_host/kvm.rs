@@ -5,6 +5,7 @@
 //! C header: `include/linux/kvm_introspection.h`, added by `patches/`.
 
 mod access;
+mod map;
 mod provider;
 mod vcpu;
 mod vm;
@@ -13,8 +14,13 @@ pub(crate) use access::{
     Restriction,
     Violation, //
 };
+pub(crate) use map::{
+    MapError,
+    PageMap, //
+};
 pub(crate) use provider::{
     Attachment,
+    GuestCall,
     Provider,
     Registration,
     SlotChange,

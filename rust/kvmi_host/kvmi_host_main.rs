@@ -13,6 +13,7 @@
 //! * [`receiver`] is the thread that serves the tool; [`command`] is what it does.
 //! * [`vcpu`] is what a vCPU's thread does for the tool: [`vcpu_command`].
 //! * [`connection`] is the tool's socket: who may send, and when it is over.
+//! * [`introspector`] is a VM whose guest may map memory of others, with one of a session's [`tokens`].
 //! * [`trace`] tells those who watch what goes on.
 //! * [`ioctl`] and [`device`] are the two doors through which a VM gets hooked.
 
@@ -21,14 +22,17 @@ mod command;
 mod connection;
 mod counters;
 mod device;
+mod introspector;
 mod ioctl;
 mod kvm;
 mod receiver;
 mod registry;
+mod role;
 mod session;
 mod settings;
 #[cfg(CONFIG_KUNIT)]
 mod tests;
+mod tokens;
 mod trace;
 mod vcpu;
 mod vcpu_command;
@@ -48,7 +52,7 @@ use crate::{
     device::DeviceFile,
     kvm::Registration,
     registry::Registry,
-    session::Session, //
+    role::Role, //
 };
 
 module! {
@@ -95,7 +99,7 @@ struct KvmiHost {
     _ready: Ready,
     #[pin]
     _device: OwnedMiscDevice<DeviceFile>,
-    _provider: Registration<Session>,
+    _provider: Registration<Role>,
     _registry: Registry,
 }
 

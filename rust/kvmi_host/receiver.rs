@@ -27,7 +27,6 @@ use crate::{
         Scratch, //
     },
     connection::Connection,
-    kvm::Provider,
     session::Session,
     trace::Trace,
     vcpu::Job, //
@@ -58,6 +57,8 @@ impl Receiver {
                 session.release_vcpus();
                 // What nobody is asked about is not denied.
                 session.vm().clear_access();
+                session.tokens().close();
+                session.vm().take_back();
             })?,
         })
     }

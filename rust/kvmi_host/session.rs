@@ -17,7 +17,6 @@ use kernel::{
             Relaxed, //
         },
         Arc,
-        ArcBorrow,
         Mutex,
         SpinLock, //
     },
@@ -40,25 +39,22 @@ use crate::{
     clock::time_left,
     connection::Connection,
     counters::Counters,
-    ioctl,
     kvm::{
         AttachedVm,
         Attachment,
-        CurrentVcpu,
-        Provider,
-        SlotChange,
         VcpuRemote,
         Vm,
-        VmId,
-        WorkDone, //
+        VmId, //
     },
     module_parameters,
     receiver::Receiver,
     registry,
+    role::Role,
     settings::{
         feature_errno,
         Settings, //
     },
+    tokens::Tokens,
     trace::{
         HookTold,
         Trace, //
@@ -79,12 +75,23 @@ pub(crate) struct Identity {
 struct Hooked {
     /// Nothing serves the tool any more …
     _receiver: Receiver,
+    /// … nor what it has been given for others …
+    _tokens: TokensInForce,
     /// … then kvm.ko has nobody to call …
-    _attachment: Attachment<Session>,
+    _attachment: Attachment<Role>,
     /// … which is told to those who watch …
     _told: HookTold,
     /// … and only then the VM can be hooked again, or be destroyed.
     _entry: registry::Entry,
+}
+
+/// Tokens can be used until this is dropped.
+struct TokensInForce(Arc<Tokens>);
+
+impl Drop for TokensInForce {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 /// A VM that is hooked, or was.
@@ -98,6 +105,7 @@ pub(crate) struct Session {
     trace: Trace,
     connection: Arc<Connection>,
     counters: Counters,
+    tokens: Arc<Tokens>,
     /// The tool wants to be told of a coming unhook.
     unhook_event: Atomic<bool>,
     /// How long a vCPU waits for the tool: for the reply to an event, or for room to send
@@ -136,6 +144,7 @@ impl Session {
             uuid,
             hooked_by: current!().group_leader().pid(),
         };
+        let tokens = Tokens::new()?;
         let session = Arc::pin_init(
             pin_init!(Self {
                 vm_id: vm.id(),
@@ -143,6 +152,7 @@ impl Session {
                 trace,
                 connection,
                 counters: Counters::new(),
+                tokens,
                 unhook_event: Atomic::new(false),
                 event_timeout_ms: Atomic::new(
                     settings
@@ -162,13 +172,15 @@ impl Session {
         // In the reverse order of `Hooked`, so that a failure undoes what was done. The lock makes
         // whoever finds the session in the registry wait until it is hooked or not.
         let mut hooked = session.hooked.lock();
-        let entry = registry::Entry::new(session.clone())?;
-        let attachment = Attachment::new(vm, session.clone())?;
+        let role = Role::Target(session.clone());
+        let entry = registry::Entry::new(role.clone())?;
+        let attachment = Attachment::new(vm, Arc::new(role, GFP_KERNEL)?)?;
         // Told when there is no doubt, but before the first command.
         let told = trace.hook(identity.hooked_by, &identity.uuid);
         let receiver = Receiver::start(session.clone())?;
         *hooked = Some(Hooked {
             _receiver: receiver,
+            _tokens: TokensInForce(session.tokens.clone()),
             _attachment: attachment,
             _told: told,
             _entry: entry,
@@ -302,6 +314,21 @@ impl Session {
         }
     }
 
+    /// A vCPU is there.
+    pub(crate) fn create_vcpu(
+        self: &Arc<Self>,
+        index: u32,
+        remote: Arc<VcpuRemote>,
+    ) -> Result<Arc<Vcpu>> {
+        let vcpu = Vcpu::new(index.try_into()?, self.clone(), remote)?;
+        self.add_vcpu(vcpu.clone())?;
+        // The tool may have gone between the look at the connection and the entry.
+        if self.connection.is_closed() {
+            vcpu.release();
+        }
+        Ok(vcpu)
+    }
+
     /// Enters a vCPU.
     fn add_vcpu(&self, vcpu: Arc<Vcpu>) -> Result {
         let mut vcpus = self.vcpus.lock();
@@ -313,12 +340,26 @@ impl Session {
         Ok(())
     }
 
-    /// Removes a vCPU.
-    fn remove_vcpu(&self, index: u16) {
+    /// A vCPU is not there any more.
+    pub(crate) fn remove_vcpu(&self, index: u16) {
         let mut vcpus = self.vcpus.lock();
         let removed = vcpus.get_mut(usize::from(index)).and_then(Option::take);
         drop(vcpus);
         drop(removed);
+    }
+
+    /// A memory slot has changed.
+    pub(crate) fn memory_changed(&self) {
+        self.counters.memslot_changes.fetch_add(1, Relaxed);
+    }
+
+    /// Where the guest's memory is accessed through.
+    pub(crate) fn vm(&self) -> &AttachedVm {
+        &self.vm
+    }
+
+    pub(crate) fn tokens(&self) -> &Arc<Tokens> {
+        &self.tokens
     }
 
     pub(crate) fn vm_id(&self) -> VmId {
@@ -339,51 +380,5 @@ impl Session {
 
     pub(crate) fn connection(&self) -> &Arc<Connection> {
         &self.connection
-    }
-}
-
-impl Provider for Session {
-    type Vcpu = Vcpu;
-
-    const VERSION: u32 = kvmi_abi::wire::VERSION;
-
-    fn vm_ioctl(vm: &Vm, cmd: u32, arg: usize) -> Result<isize> {
-        ioctl::vm_ioctl(vm, cmd, arg)
-    }
-
-    fn vm_destroy(vm: &Vm) {
-        if let Some(session) = registry::find(vm.id()) {
-            session.unhook();
-        }
-    }
-
-    fn vm(&self) -> &AttachedVm {
-        &self.vm
-    }
-
-    fn vcpu_create(
-        this: ArcBorrow<'_, Self>,
-        index: u32,
-        remote: Arc<VcpuRemote>,
-    ) -> Result<Arc<Vcpu>> {
-        let vcpu = Vcpu::new(index.try_into()?, this.into(), remote)?;
-        this.add_vcpu(vcpu.clone())?;
-        // The tool may have gone between the look at the connection and the entry.
-        if this.connection.is_closed() {
-            vcpu.release();
-        }
-        Ok(vcpu)
-    }
-
-    fn vcpu_destroy(vcpu: &Arc<Vcpu>) {
-        vcpu.session().remove_vcpu(vcpu.index());
-    }
-
-    fn memslot(&self, _change: SlotChange) {
-        self.counters.memslot_changes.fetch_add(1, Relaxed);
-    }
-
-    fn vcpu_work(vcpu: &Vcpu, current: &CurrentVcpu) -> Result<WorkDone> {
-        vcpu.work(current)
     }
 }

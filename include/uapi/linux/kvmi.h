@@ -35,6 +35,7 @@ enum {
 	KVMI_VM_PAUSE_VCPU		= KVMI_VM_MESSAGE_ID(8),
 	KVMI_VM_CONTROL_CLEANUP		= KVMI_VM_MESSAGE_ID(9),
 	KVMI_VM_SET_PAGE_ACCESS		= KVMI_VM_MESSAGE_ID(10),
+	KVMI_VM_GET_MAP_TOKEN		= KVMI_VM_MESSAGE_ID(11),
 
 	KVMI_VCPU_EVENT			= KVMI_VCPU_MESSAGE_ID(0),
 	KVMI_VCPU_GET_INFO		= KVMI_VCPU_MESSAGE_ID(1),
@@ -137,6 +138,18 @@ struct kvmi_vm_write_physical {
 	__u16 padding1;
 	__u32 padding2;
 	__u8 data[];
+};
+
+#define KVMI_TOKEN_READ_ONLY	(1 << 0)
+
+/* May be left out: all 0. */
+struct kvmi_vm_get_map_token {
+	__u32 flags;
+	__u32 padding;
+};
+
+struct kvmi_vm_get_map_token_reply {
+	__u8 token[32];		/* good for one hypercall within 3 s */
 };
 
 struct kvmi_vm_pause_vcpu {
@@ -372,6 +385,7 @@ struct kvmi_dev_attach {
 
 #define KVMI_DEV_STATUS_HOOKED		(1U << 0)
 #define KVMI_DEV_STATUS_DISCONNECTED	(1U << 1)
+#define KVMI_DEV_STATUS_INTROSPECTOR	(1U << 2)
 
 struct kvmi_dev_vm_status {
 	__s32 vm_fd;		/* in; all that follows: out */
@@ -415,6 +429,12 @@ struct kvmi_dev_vm_access {
 	__u64 size;		/* out: of which the same is allowed */
 };
 
+/* Allows a VM's guest to map pages of VMs that are introspected, or forbids it. */
+struct kvmi_dev_introspector {
+	__s32 vm_fd;
+	__u32 enable;		/* 0 or 1 */
+};
+
 #define KVMI_IO 0xB9
 #define KVMI_DEV_ATTACH    _IOW(KVMI_IO, 0x00, struct kvmi_dev_attach)
 #define KVMI_DEV_VM_STATUS _IOWR(KVMI_IO, 0x01, struct kvmi_dev_vm_status)
@@ -422,5 +442,21 @@ struct kvmi_dev_vm_access {
 #define KVMI_DEV_EVENT_TIMEOUT _IOW(KVMI_IO, 0x03, struct kvmi_dev_event_timeout)
 #define KVMI_DEV_PAGE_WALKS _IOW(KVMI_IO, 0x04, struct kvmi_dev_page_walks)
 #define KVMI_DEV_VM_ACCESS _IOWR(KVMI_IO, 0x05, struct kvmi_dev_vm_access)
+#define KVMI_DEV_INTROSPECTOR _IOW(KVMI_IO, 0x06, struct kvmi_dev_introspector)
+
+/*
+ * Hypercalls of an introspector's guest.  The convention is KVM's: results are 0 or
+ * more, or negative errors.
+ */
+#define KVM_HC_MEM_MAP		32	/* gva of a token, target's gpa, own gpa */
+#define KVM_HC_MEM_UNMAP	33	/* own gpa */
+#define KVM_HC_MEM_MAP_MANY	35	/* gva of a token, gpa of kvmi_map_entry[], count */
+#define KVM_HC_MEM_UNMAP_MANY	36	/* gpa of an array of own gpas, count */
+
+/* An array of these begins where a page does, and ends in the same page. */
+struct kvmi_map_entry {
+	__u64 target_gpa;
+	__u64 gpa;
+};
 
 #endif /* _UAPI_LINUX_KVMI_H */

@@ -20,10 +20,7 @@ use kernel::{
         c_void, //
     },
     prelude::*,
-    sync::{
-        Arc,
-        ArcBorrow, //
-    },
+    sync::Arc,
     types::ForeignOwnable, //
 };
 use kvmi_bindings as bindings;
@@ -61,6 +58,9 @@ impl SlotChange {
     }
 }
 
+/// A hypercall as kvm.ko reports it.
+pub(crate) use bindings::kvmi_hypercall as GuestCall;
+
 /// What the provider implements. A value of the type stands for one VM.
 ///
 /// Contexts and locks of each callback: `struct kvm_introspection_ops` in
@@ -82,14 +82,10 @@ pub(crate) trait Provider: Send + Sync + Sized + 'static {
     fn vm(&self) -> &AttachedVm;
 
     /// A vCPU is there.
-    fn vcpu_create(
-        this: ArcBorrow<'_, Self>,
-        index: u32,
-        remote: Arc<VcpuRemote>,
-    ) -> Result<Arc<Self::Vcpu>>;
+    fn vcpu_create(&self, index: u32, remote: Arc<VcpuRemote>) -> Result<Self::Vcpu>;
 
     /// A vCPU is not attached any more.
-    fn vcpu_destroy(vcpu: &Arc<Self::Vcpu>);
+    fn vcpu_destroy(vcpu: &Self::Vcpu);
 
     /// A memory slot has changed.
     fn memslot(&self, change: SlotChange);
@@ -97,6 +93,14 @@ pub(crate) trait Provider: Send + Sync + Sized + 'static {
     /// Serves a request on the vCPU's thread, before it enters the guest. Fails with `EINTR` if a
     /// signal is pending, and is called again then.
     fn vcpu_work(vcpu: &Self::Vcpu, current: &CurrentVcpu) -> Result<WorkDone>;
+
+    /// The guest makes a hypercall: returns the result for it, or nothing if it is not for the
+    /// provider. Fails with `EINTR` if the guest has to repeat it.
+    fn hypercall(
+        vcpu: &Self::Vcpu,
+        current: &CurrentVcpu,
+        call: &GuestCall,
+    ) -> Result<Option<i64>>;
 }
 
 /// What a vCPU does after [`Provider::vcpu_work`].
@@ -112,7 +116,7 @@ pub(crate) enum WorkDone {
 struct VcpuSlot<P: Provider> {
     ptr: VcpuPtr,
     remote: Arc<VcpuRemote>,
-    vcpu: Arc<P::Vcpu>,
+    vcpu: P::Vcpu,
 }
 
 /// The registration of a provider, ended by dropping it.
@@ -148,6 +152,7 @@ impl<P: Provider> Registration<P> {
             vcpu_destroy: Some(Self::vcpu_destroy),
             memslot: Some(Self::memslot),
             vcpu_work: Some(Self::vcpu_work),
+            hypercall: Some(Self::hypercall),
         };
         let ops = KBox::new(ops, GFP_KERNEL)?;
         // SAFETY: `ops` has a stable address and lives until it is unregistered; its functions
@@ -198,7 +203,7 @@ impl<P: Provider> Registration<P> {
             // SAFETY: The vCPU is valid until `vcpu_destroy()`, which revokes.
             let remote = Arc::pin_init(unsafe { VcpuRemote::new(ptr) }, GFP_KERNEL)?;
             let room = KBox::new_uninit(GFP_KERNEL)?;
-            let vcpu = P::vcpu_create(this, index, remote.clone()).inspect_err(|_| {
+            let vcpu = this.vcpu_create(index, remote.clone()).inspect_err(|_| {
                 // The provider may have kept a reference.
                 remote.revoke();
             })?;
@@ -248,6 +253,31 @@ impl<P: Provider> Registration<P> {
             Ok(WorkDone::Enter) => 1,
             Ok(WorkDone::Leave) => 0,
             // The only error that kvm.ko knows here.
+            Err(_) => EINTR.to_errno(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `vcpu_priv` must come from [`Self::vcpu_create`] and not have been destroyed; `call` must be
+    /// valid and nobody else's.
+    unsafe extern "C" fn hypercall(
+        vcpu_priv: *mut c_void,
+        call: *mut bindings::kvmi_hypercall,
+    ) -> c_int {
+        // SAFETY: By the safety requirements of this function.
+        let slot = unsafe { KBox::<VcpuSlot<P>>::borrow(vcpu_priv) };
+        // SAFETY: By the safety requirements of this function.
+        let call = unsafe { &mut *call };
+        // SAFETY: This is that callback, and `current` ends with it.
+        let current = unsafe { CurrentVcpu::new(slot.ptr) };
+        match P::hypercall(&slot.vcpu, &current, call) {
+            Ok(Some(result)) => {
+                // The guest takes it for a signed number.
+                call.ret = result.cast_unsigned();
+                1
+            }
+            Ok(None) => 0,
             Err(_) => EINTR.to_errno(),
         }
     }

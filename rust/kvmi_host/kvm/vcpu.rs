@@ -115,8 +115,8 @@ pub(crate) struct CurrentVcpu {
 impl CurrentVcpu {
     /// # Safety
     ///
-    /// Must be called on the vCPU's thread in [`vcpu_work`](super::Provider::vcpu_work), and the
-    /// value must not outlive that.
+    /// Must be called on the vCPU's thread in a callback that may wait, and the value must not
+    /// outlive that.
     pub(super) unsafe fn new(ptr: VcpuPtr) -> Self {
         Self {
             ptr,
@@ -124,7 +124,7 @@ impl CurrentVcpu {
         }
     }
 
-    fn as_ptr(&self) -> *mut bindings::kvm_vcpu {
+    pub(super) fn as_ptr(&self) -> *mut bindings::kvm_vcpu {
         self.ptr.as_ptr()
     }
 

@@ -169,7 +169,7 @@ impl AttachedVm {
     }
 
     /// Calls `f` with the VM unless it is detached.
-    fn with<R>(&self, f: impl FnOnce(&Vm) -> R) -> Option<R> {
+    pub(super) fn with<R>(&self, f: impl FnOnce(&Vm) -> R) -> Option<R> {
         let vm = self.vm.lock();
         // SAFETY: By the safety requirements of `fill()` the VM is valid until `clear()` returns,
         // which takes the lock that we hold.

@@ -293,7 +293,7 @@ fn masks_and_preunhook_work_on_the_file(_: &Ctx) {
     assert_eq!(tool.check_command(8), Ok(()));
     assert_eq!(tool.check_command(12), Err(KvmiError::Perm));
     assert_eq!(sys::command(&dev, 0, 2), Err(Errno::PERM));
-    assert_eq!(sys::command(&dev, 1, 22), Err(Errno::INVAL));
+    assert_eq!(sys::command(&dev, 1, 24), Err(Errno::INVAL));
     assert_eq!(sys::command(&dev, 1, 10), Ok(()));
     assert_eq!(sys::preunhook(&dev), Err(Errno::NOENT));
     assert_eq!(sys::event(&dev, 1, 0), Ok(()));

@@ -130,6 +130,8 @@ impl Model {
                 }
                 return Some(Answer::Vcpu(Expectation::of(&request, false)));
             }
+            // It depends on the time.
+            Request::GetMapToken { .. } => return None,
             // No vCPU waits for one.
             Request::EventReply(_) => return Some(Answer::End),
         }))
@@ -157,7 +159,7 @@ impl Model {
                 16,
                 18,
                 20,
-                22,
+                24,
                 29,
                 31,
                 0x7fff_ffff,

@@ -4,7 +4,9 @@
 
 use kvmi_client::abi::{
     access::{PageAccess, PfEvent, SetPageAccess},
-    dev::{PageWalks, VmAccess},
+    dev::{Introspector, PageWalks, VmAccess},
+    hypercall::MapEntry,
+    token::{GetMapToken, MapToken},
 };
 
 use super::Struct;
@@ -39,6 +41,16 @@ pub fn structs() -> Vec<Struct> {
                 padding2,
                 padding3
             }
+        ),
+        describe!(
+            "struct kvmi_vm_get_map_token",
+            GetMapToken { flags, padding }
+        ),
+        describe!("struct kvmi_vm_get_map_token_reply", MapToken { token = bytes }),
+        describe!("struct kvmi_map_entry", MapEntry { target_gpa, gpa }),
+        describe!(
+            "struct kvmi_dev_introspector",
+            Introspector { vm_fd, enable }
         ),
         describe!("struct kvmi_dev_page_walks", PageWalks { report, padding }),
         describe!(

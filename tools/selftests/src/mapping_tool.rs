@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+
+//! An introspector: a VM whose guest maps pages of another one.
+
+use std::fs;
+
+use iced_x86::code_asm::*;
+use kvmi_abi::{
+    hypercall::{MapEntry, MEM_MAP, MEM_MAP_MANY, MEM_UNMAP, MEM_UNMAP_MANY},
+    token::{GetMapToken, MapToken, TOKEN_READ_ONLY},
+    Command, KvmiError,
+};
+use zerocopy::IntoBytes as _;
+
+use crate::{
+    access_tool::{add_code, emit, CODE, PLAIN},
+    guest::Record,
+    sys,
+    tool::{structure, Tool},
+    util::wait_for,
+    vcpu::{Exit, Vcpu},
+    vm::{TestVm, PAGE},
+};
+
+/// Where an introspector keeps the token that it presents.
+pub const TOKEN: u64 = PLAIN + 64;
+/// Where it has arrays.
+pub const ARRAY: u64 = PLAIN + PAGE as u64;
+const LOAD: u64 = CODE + 0x100;
+const STORE: u64 = CODE + 0x200;
+
+/// A VM whose guest may map pages of others. Its guest does what the test says.
+pub struct Introspector {
+    /// The VM.
+    pub vm: TestVm,
+    /// Its vCPU.
+    pub vcpu: Vcpu,
+}
+
+impl Introspector {
+    /// A VM that the administrator has made one.
+    #[track_caller]
+    pub fn new() -> Self {
+        let introspector = Self::ordinary(TestVm::new());
+        assert_eq!(introspector.appoint(1), Ok(()));
+        introspector
+    }
+
+    /// A VM that is none.
+    pub fn ordinary(mut vm: TestVm) -> Self {
+        let vcpu = add_code(&mut vm, CODE, |code| match is_amd() {
+            true => emit(code.vmmcall()),
+            false => emit(code.vmcall()),
+        });
+        for (address, write) in [
+            (
+                LOAD,
+                (|code| emit(code.mov(rax, qword_ptr(rsi)))) as fn(&mut CodeAssembler),
+            ),
+            (STORE, |code| emit(code.mov(qword_ptr(rsi), rax))),
+        ] {
+            let code = crate::access_tool::assemble(address, write);
+            vm.memory.write(address, &code);
+        }
+        Self { vm, vcpu }
+    }
+
+    /// Makes the VM an introspector (1), or ends that (0).
+    pub fn appoint(&self, enable: u32) -> Result<(), sys::Errno> {
+        sys::introspector(sys::open_dev(), self.vm.raw_fd(), enable)
+    }
+
+    /// Has the guest make a hypercall; returns its result.
+    #[track_caller]
+    pub fn call(&mut self, nr: u64, args: [u64; 3]) -> i64 {
+        self.vcpu.change_regs(|regs| {
+            (regs.rip, regs.rax) = (CODE, nr);
+            [regs.rbx, regs.rcx, regs.rdx] = args;
+        });
+        assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
+        self.vcpu.regs().rax.cast_signed()
+    }
+
+    /// Has the guest present a token, to map a page in place of one of its own.
+    #[track_caller]
+    pub fn map(&mut self, token: &MapToken, target_gpa: u64, gpa: u64) -> i64 {
+        self.vm.memory.write(TOKEN, &token.bytes);
+        self.call(MEM_MAP, [TOKEN, target_gpa, gpa])
+    }
+
+    /// Has the guest unmap a page.
+    #[track_caller]
+    pub fn unmap(&mut self, gpa: u64) -> i64 {
+        self.call(MEM_UNMAP, [gpa, 0, 0])
+    }
+
+    /// Has the guest map many pages.
+    #[track_caller]
+    pub fn map_many(&mut self, token: &MapToken, entries: &[MapEntry]) -> i64 {
+        self.vm.memory.write(TOKEN, &token.bytes);
+        self.vm.memory.write(ARRAY, entries.as_bytes());
+        self.call(MEM_MAP_MANY, [TOKEN, ARRAY, entries.len() as u64])
+    }
+
+    /// Has the guest unmap many pages.
+    #[track_caller]
+    pub fn unmap_many(&mut self, gpas: &[u64]) -> i64 {
+        self.vm.memory.write(ARRAY, gpas.as_bytes());
+        self.call(MEM_UNMAP_MANY, [ARRAY, gpas.len() as u64, 0])
+    }
+
+    /// What the guest reads there.
+    #[track_caller]
+    pub fn load(&mut self, gpa: u64) -> u64 {
+        self.vcpu
+            .change_regs(|regs| (regs.rip, regs.rsi) = (LOAD, gpa));
+        assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
+        self.vcpu.regs().rax
+    }
+
+    /// Has the guest write there.
+    #[track_caller]
+    pub fn store(&mut self, gpa: u64, value: u64) {
+        self.vcpu
+            .change_regs(|regs| (regs.rip, regs.rsi, regs.rax) = (STORE, gpa, value));
+        assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
+    }
+}
+
+impl Introspector {
+    /// Has the guest try to write there; returns what its handler has seen, from which it returns
+    /// to try once more.
+    #[track_caller]
+    pub fn store_in_vain(&mut self, gpa: u64, value: u64) -> Record {
+        let before = self.vm.record(0).count;
+        self.vcpu
+            .change_regs(|regs| (regs.rip, regs.rsi, regs.rax) = (STORE, gpa, value));
+        self.vcpu.run();
+        wait_for("there is a fault", || self.vm.record(0).count > before);
+        self.vcpu.stop();
+        self.vm.record(0)
+    }
+}
+
+impl Tool {
+    /// VM_GET_MAP_TOKEN
+    #[track_caller]
+    pub fn try_map_token(&mut self, flags: u32) -> Result<MapToken, KvmiError> {
+        let request = GetMapToken { flags, padding: 0 };
+        let reply = self.call(Command::VmGetMapToken, request.as_bytes())?;
+        Ok(structure(Ok(reply)))
+    }
+
+    /// A token to map pages that can be written to.
+    #[track_caller]
+    pub fn map_token(&mut self) -> MapToken {
+        self.try_map_token(0).expect("a token")
+    }
+
+    /// A token to map pages that can be read.
+    #[track_caller]
+    pub fn read_only_token(&mut self) -> MapToken {
+        self.try_map_token(TOKEN_READ_ONLY).expect("a token")
+    }
+}
+
+fn is_amd() -> bool {
+    let cpus = fs::read_to_string("/proc/cpuinfo").expect("procfs is there");
+    cpus.contains("svm")
+}
+
+/// A number that a guest reads.
+#[track_caller]
+pub fn number(vm: &TestVm, gpa: u64) -> u64 {
+    let bytes = vm.memory.read(gpa, 8).try_into();
+    u64::from_le_bytes(bytes.expect("eight bytes"))
+}
