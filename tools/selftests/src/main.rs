@@ -37,6 +37,8 @@ mod inject;
 mod inject_modes;
 mod jobs;
 mod lifecycle;
+mod mapping;
+mod mapping_tool;
 mod masks;
 mod pause;
 mod physical;
@@ -107,6 +109,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         smm::TESTS,
         signals::TESTS,
         backlog::TESTS,
+        mapping::TESTS,
         descriptors::TESTS,
         time_limit::TESTS,
         hotplug::TESTS,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use kvmi_abi::{
-    dev::{self, Attach, VmMemory, VmStatus},
+    dev::{self, Attach, Introspector, VmMemory, VmStatus},
     ioctl::{self, EventTimeout, Feature, Hook},
 };
 use rustix::{
@@ -99,6 +99,11 @@ pub fn allow_all(fd: impl AsFd) {
 pub fn open_dev() -> File {
     let open = File::options().read(true).write(true).open("/dev/kvmi");
     open.expect("/dev/kvmi can be opened")
+}
+
+/// INTROSPECTOR
+pub fn introspector(dev: impl AsFd, vm_fd: RawFd, enable: u32) -> Result<(), Errno> {
+    set::<{ dev::INTROSPECTOR }, _>(dev, Introspector { vm_fd, enable })
 }
 
 /// ATTACH with any argument.
