@@ -145,6 +145,14 @@ impl Target {
         }
     }
 
+    /// Makes the VM an introspector, or ends that: see [`Device::set_introspector`].
+    pub fn set_introspector(&self, device: &Device, enable: bool) -> Result<(), AttachError> {
+        let what = "change whether the VM is an introspector";
+        device
+            .set_introspector(self.duplicate_vm_fd()?, enable)
+            .map_err(|error| AttachError::system(what, error))
+    }
+
     /// Hooks the VM to the other end of `socket`, which stays the caller's.
     pub fn attach(&self, device: Device, socket: impl AsFd) -> Result<Attachment, AttachError> {
         let vm = self.duplicate_vm_fd()?;

@@ -11,7 +11,7 @@ use std::{
 };
 
 use kvmi_abi::{
-    dev::{self, Attach, PageWalks, VmAccess, VmMemory, VmStatus},
+    dev::{self, Attach, Introspector, PageWalks, VmAccess, VmMemory, VmStatus},
     ioctl::{EventTimeout, Feature, COMMAND, EVENT, PREUNHOOK, UNHOOK},
     Command, Event,
 };
@@ -144,6 +144,19 @@ impl Device {
         // SAFETY: PAGE_WALKS reads a `PageWalks`, and nothing else, through its argument.
         let done = unsafe { ioctl(&self.0, Setter::<{ dev::PAGE_WALKS }, _>::new(argument)) };
         done.map_err(|errno| AttachError::system("change whether page walks are reported", errno))
+    }
+
+    /// Makes the VM behind `vm` an introspector, whose guest may map pages of VMs that are
+    /// introspected if it has a [token](crate::Connection::map_token) for that; or ends that, and
+    /// the mappings with it. It does not end with this file.
+    pub fn set_introspector(&self, vm: impl AsFd, enable: bool) -> io::Result<()> {
+        let argument = Introspector {
+            vm_fd: vm.as_fd().as_raw_fd(),
+            enable: enable.into(),
+        };
+        // SAFETY: INTROSPECTOR reads an `Introspector`, and nothing else, through its argument.
+        let done = unsafe { ioctl(&self.0, Setter::<{ dev::INTROSPECTOR }, _>::new(argument)) };
+        Ok(done?)
     }
 
     /// Allows the tool all commands: that of the VM which is hooked, or gets hooked next.

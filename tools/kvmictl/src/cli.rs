@@ -97,6 +97,12 @@ pub enum Command {
     ///
     /// Does not hook the VM itself.
     Access(AccessList),
+    /// Make a VM an introspector: its guest may map memory of VMs that are introspected.
+    ///
+    /// For a tool that runs in a VM of its own. Its guest's kernel needs a token for that, which the
+    /// tool gets on its connection to the VM that it looks into. A VM stays an introspector until it
+    /// ends, or --off is said. With neither option, tells which it is.
+    Introspector(Introspector),
     /// Show what a tool that has a VM hooked has done so far.
     ///
     /// Does not hook the VM itself.
@@ -147,6 +153,26 @@ pub struct Info {
 pub struct Stats {
     #[command(flatten)]
     pub vm: Selector,
+}
+
+/// Arguments of `introspector`.
+#[derive(Args, Debug)]
+pub struct Introspector {
+    #[command(flatten)]
+    pub vm: Selector,
+    /// Allow it.
+    #[arg(long, conflicts_with = "off")]
+    pub on: bool,
+    /// Forbid it again; what is mapped is not any more.
+    #[arg(long)]
+    pub off: bool,
+}
+
+impl Introspector {
+    /// What it shall be, if that is to be changed.
+    pub fn wanted(&self) -> Option<bool> {
+        (self.on || self.off).then_some(self.on)
+    }
 }
 
 /// How memory is printed.

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::Result;
 use kvmi_client::{
-    abi::dev::{VmStatus, STATUS_DISCONNECTED, STATUS_HOOKED},
+    abi::dev::{VmStatus, STATUS_DISCONNECTED, STATUS_HOOKED, STATUS_INTROSPECTOR},
     attach::{Attachment, Target},
     device::Device,
     discover::Vmm,
@@ -33,7 +33,10 @@ struct Info {
     max_gpa: String,
     /// Who has the VM hooked, if anybody.
     hook: Option<Hook>,
-    /// What the host says on a connection; none can be made while somebody has the VM hooked.
+    /// Whether its guest may map memory of VMs that are introspected.
+    introspector: bool,
+    /// What the host says on a connection; none can be made while somebody has the VM hooked, or it
+    /// is an introspector.
     protocol: Option<Protocol>,
 }
 
@@ -63,8 +66,8 @@ pub fn run(arguments: &cli::Info, output: &mut Output) -> Result<()> {
     let status = target.status(&device)?;
     let hook = hook(&status);
     let protocol = match hook {
-        Some(_) => None,
-        None => Some(ask(&target, device)?),
+        None if status.flags & STATUS_INTROSPECTOR == 0 => Some(ask(&target, device)?),
+        _ => None,
     };
     let info = Info::new(&vmm, &target, &status, hook, protocol);
     if output.is_json() {
@@ -147,6 +150,7 @@ impl Info {
             memory_bytes: status.memory_bytes,
             max_gpa: gpa(status.max_gpa),
             hook,
+            introspector: status.flags & STATUS_INTROSPECTOR != 0,
             protocol,
         }
     }
@@ -170,6 +174,10 @@ impl Info {
             let by = list::process(hook.by);
             let traffic = format!("{} commands, {} events", hook.commands, hook.events);
             lines.push(("Hooked by", format!("{by}: {traffic}{link}")));
+        }
+        if self.introspector {
+            let may = "may map memory of VMs that are introspected";
+            lines.push(("Introspector", may.to_owned()));
         }
         if let Some(protocol) = &self.protocol {
             let (version, max) = (protocol.version, protocol.max_msg_size);

@@ -6,7 +6,7 @@ use std::fs;
 
 use anyhow::Result;
 use kvmi_client::{
-    abi::dev::{VmStatus, STATUS_HOOKED},
+    abi::dev::{VmStatus, STATUS_HOOKED, STATUS_INTROSPECTOR},
     attach::Target,
     device::Device,
     discover::{self, Vmm},
@@ -32,6 +32,7 @@ struct Row {
     /// Unknown without the module.
     hooked: Option<bool>,
     hooked_by: Option<i32>,
+    introspector: Option<bool>,
 }
 
 /// What is printed as JSON.
@@ -109,6 +110,7 @@ impl Row {
             memory_bytes: status.map(|s| s.memory_bytes).or(known.memory),
             hooked,
             hooked_by: status.filter(|_| hooked == Some(true)).map(|s| s.hooked_by),
+            introspector: status.map(|s| s.flags & STATUS_INTROSPECTOR != 0),
         }
     }
 
@@ -117,6 +119,7 @@ impl Row {
             (None, _) => "?".to_owned(),
             (Some(true), Some(pid)) => process(pid),
             (Some(true), None) => "yes".to_owned(),
+            (Some(false), _) if self.introspector == Some(true) => "- (introspector)".to_owned(),
             (Some(false), _) => "-".to_owned(),
         }
     }
@@ -214,6 +217,12 @@ mod tests {
         let row = Row::new(&vmm(), 9, Some(status));
         assert_eq!((row.vcpus, row.memory_bytes), (3, Some(1 << 20)));
         assert_eq!((row.hook().as_str(), row.hooked_by), ("-", None));
+        status.flags = STATUS_INTROSPECTOR;
+        let row = Row::new(&vmm(), 9, Some(status));
+        assert_eq!(
+            (row.hook().as_str(), row.hooked_by),
+            ("- (introspector)", None)
+        );
         status.flags = STATUS_HOOKED;
         assert_eq!(Row::new(&vmm(), 9, Some(status)).hooked_by, Some(7));
     }

@@ -17,6 +17,7 @@ mod hexdump;
 mod info;
 mod inject;
 mod instruction;
+mod introspector;
 mod list;
 mod memory;
 mod msr;
@@ -81,6 +82,7 @@ fn run(command: &Command, output: &mut Output) -> anyhow::Result<()> {
         Command::Guard(arguments) => guard::run(arguments, output),
         Command::Watch(arguments) => guard::watch(arguments, output),
         Command::Access(arguments) => access::run(arguments, output),
+        Command::Introspector(arguments) => introspector::run(arguments, output),
         Command::Stats(arguments) => stats::run(arguments, output),
         Command::Attach(arguments) => attach::run(arguments, output),
     }
