@@ -38,6 +38,7 @@ mod inject_modes;
 mod jobs;
 mod lifecycle;
 mod mapping;
+mod mapping_stress;
 mod mapping_tool;
 mod masks;
 mod pause;
@@ -110,6 +111,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         signals::TESTS,
         backlog::TESTS,
         mapping::TESTS,
+        mapping_stress::TESTS,
         descriptors::TESTS,
         time_limit::TESTS,
         hotplug::TESTS,

@@ -38,6 +38,7 @@ pub const TESTS: &[Test] = &[
     test!(tokens_end_with_their_session),
     test!(token_may_cross_pages),
     test!(errors_of_hypercalls_are_those_of_the_protocol),
+    test!(only_a_kernel_may_map),
     test!(only_an_introspector_may_map),
     test!(introspector_is_not_introspected),
     test!(mapping_follows_the_memory_of_the_target),
@@ -54,6 +55,7 @@ const PAGE_OF_TARGET: u64 = NEXT;
 /// Which page of the introspector stands for it.
 const WINDOW: u64 = TARGET;
 
+const EPERM: i64 = -1;
 const ENOENT: i64 = -2;
 const EFAULT: i64 = -14;
 const EINVAL: i64 = -22;
@@ -330,11 +332,21 @@ fn errors_of_hypercalls_are_those_of_the_protocol(_: &Ctx) {
     let rom = Memory::new(PAGE);
     target.add_rom(1, 0x100_0000, &rom);
     introspector.vm.add_rom(1, 0x100_0000, &rom);
-    assert_eq!(introspector.map(&token, 0x100_0000, WINDOW), -1);
+    assert_eq!(introspector.map(&token, 0x100_0000, WINDOW), EPERM);
     assert_eq!(introspector.map(&token, PAGE_OF_TARGET, 0x100_0000), EFAULT);
     // To read it is fine.
     let token = tool.read_only_token();
     assert_eq!(introspector.map(&token, 0x100_0000, WINDOW), 0);
+}
+
+fn only_a_kernel_may_map(_: &Ctx) {
+    let (_target, mut tool, mut introspector) = scene();
+    let token = tool.map_token();
+    introspector.vm.memory.write(TOKEN, &token.bytes);
+    let result = introspector.call_from_user_mode(MEM_MAP, [TOKEN, PAGE_OF_TARGET, WINDOW]);
+    assert_eq!(result, EPERM);
+    assert_eq!(introspector.load(WINDOW), !WINDOW);
+    assert_eq!(introspector.map(&token, PAGE_OF_TARGET, WINDOW), 0);
 }
 
 fn only_an_introspector_may_map(_: &Ctx) {
@@ -354,7 +366,7 @@ fn only_an_introspector_may_map(_: &Ctx) {
     let appoint = || sys::introspector(&dev, vm_fd, 1);
     let refused = sys::without_capability(CapabilitySet::SYS_ADMIN, appoint);
     assert_eq!(refused, Err(Errno::PERM));
-    // Nor from user mode: see the hypercall's own tests. The target itself has no such call.
+    // Nor has the target such a call.
     drop(tool);
     target.unhook();
 }

@@ -13,13 +13,14 @@ use kvmi_abi::{
 use zerocopy::IntoBytes as _;
 
 use crate::{
-    access_tool::{add_code, emit, CODE, PLAIN},
-    guest::Record,
+    access_tool::{add_code, assemble, emit, CODE, PLAIN},
+    guest::{Record, HIGH},
+    registers::{EFER, LSTAR, STAR},
     sys,
     tool::{structure, Tool},
     util::wait_for,
     vcpu::{Exit, Vcpu},
-    vm::{TestVm, PAGE},
+    vm::{TestVm, PAGE, SCRATCH},
 };
 
 /// Where an introspector keeps the token that it presents.
@@ -28,6 +29,10 @@ pub const TOKEN: u64 = PLAIN + 64;
 pub const ARRAY: u64 = PLAIN + PAGE as u64;
 const LOAD: u64 = CODE + 0x100;
 const STORE: u64 = CODE + 0x200;
+/// Where the kernel enters a program.
+const ENTRY: u64 = CODE + 0x300;
+/// Where programs enter the kernel.
+const KERNEL: u64 = CODE + 0x400;
 
 /// A VM whose guest may map pages of others. Its guest does what the test says.
 pub struct Introspector {
@@ -48,10 +53,7 @@ impl Introspector {
 
     /// A VM that is none.
     pub fn ordinary(mut vm: TestVm) -> Self {
-        let vcpu = add_code(&mut vm, CODE, |code| match is_amd() {
-            true => emit(code.vmmcall()),
-            false => emit(code.vmcall()),
-        });
+        let vcpu = add_code(&mut vm, CODE, emit_hypercall);
         for (address, write) in [
             (
                 LOAD,
@@ -59,8 +61,7 @@ impl Introspector {
             ),
             (STORE, |code| emit(code.mov(qword_ptr(rsi), rax))),
         ] {
-            let code = crate::access_tool::assemble(address, write);
-            vm.memory.write(address, &code);
+            vm.memory.write(address, &assemble(address, write));
         }
         Self { vm, vcpu }
     }
@@ -79,6 +80,41 @@ impl Introspector {
         });
         assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
         self.vcpu.regs().rax.cast_signed()
+    }
+
+    /// Has a program of the guest make a hypercall; returns its result.
+    #[track_caller]
+    pub fn call_from_user_mode(&mut self, nr: u64, args: [u64; 3]) -> i64 {
+        // The program's page is one of those that user mode may access.
+        const PROGRAM: u64 = HIGH + 2 * PAGE as u64;
+        const PROGRAM_GPA: u64 = SCRATCH + 0x3000;
+        const SCE: u64 = 1;
+        let mut program = CodeAssembler::new(64).expect("64-bit code");
+        // SYSRET takes RCX for itself.
+        emit(program.mov(rcx, r9));
+        emit_hypercall(&mut program);
+        emit(program.mov(r8, rax));
+        emit(program.syscall());
+        let program = program.assemble(PROGRAM).expect("code");
+        self.vm.memory.write(PROGRAM_GPA, &program);
+        self.vm
+            .memory
+            .write(KERNEL, &assemble(KERNEL, |code| emit(code.nop())));
+        let mut entry = CodeAssembler::new(64).expect("64-bit code");
+        emit(entry.sysretq());
+        let entry = entry.assemble(ENTRY).expect("code");
+        self.vm.memory.write(ENTRY, &entry);
+        let efer = self.vcpu.msr(EFER) | SCE;
+        let star = 8 << 32 | 8 << 48;
+        self.vcpu
+            .set_msrs(&[(EFER, efer), (STAR, star), (LSTAR, KERNEL)]);
+        self.vcpu.change_regs(|regs| {
+            (regs.rip, regs.rax) = (ENTRY, nr);
+            [regs.rbx, regs.r9, regs.rdx] = args;
+            (regs.rcx, regs.r11) = (PROGRAM, 0x202);
+        });
+        assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
+        self.vcpu.regs().r8.cast_signed()
     }
 
     /// Has the guest present a token, to map a page in place of one of its own.
@@ -162,6 +198,14 @@ impl Tool {
     pub fn read_only_token(&mut self) -> MapToken {
         self.try_map_token(TOKEN_READ_ONLY).expect("a token")
     }
+}
+
+/// The instruction of this CPU.
+fn emit_hypercall(code: &mut CodeAssembler) {
+    emit(match is_amd() {
+        true => code.vmmcall(),
+        false => code.vmcall(),
+    });
 }
 
 fn is_amd() -> bool {
