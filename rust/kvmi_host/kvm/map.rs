@@ -101,7 +101,7 @@ impl CurrentVcpu {
         writable: bool,
         in_force: impl FnOnce() -> bool,
     ) -> Result<(), MapError> {
-        let mapped = target.with(|target| {
+        let mapped = target.with_lender(|target| {
             if in_force() {
                 self.map_all(target, pages, writable)
             } else {
@@ -175,6 +175,6 @@ impl AttachedVm {
     /// Takes this VM's pages back from all introspectors. May sleep.
     pub(crate) fn take_back(&self) {
         // SAFETY: `vm` is a valid VM that is attached.
-        self.with(|vm| unsafe { bindings::kvmi_vm_take_back(vm.as_ptr()) });
+        self.with_lender(|vm| unsafe { bindings::kvmi_vm_take_back(vm.as_ptr()) });
     }
 }

@@ -131,6 +131,7 @@ impl Drop for VmRef {
 }
 
 /// The address of a VM that is attached, and so cannot be destroyed.
+#[derive(Clone, Copy)]
 struct AttachedPtr(*mut bindings::kvm);
 
 // SAFETY: The helpers that take a VM may be called from any thread.
@@ -144,6 +145,10 @@ pub(crate) struct AttachedVm {
     /// Empty before and after. Held during an access, so emptying it waits for the access to end.
     #[pin]
     vm: Mutex<Option<AttachedPtr>>,
+    /// The same, held while its pages are lent to another VM or taken back: who does that does not
+    /// wait for an access, which takes as long as the VM's memory does.
+    #[pin]
+    lender: Mutex<Option<AttachedPtr>>,
 }
 
 impl AttachedVm {
@@ -151,6 +156,7 @@ impl AttachedVm {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             vm <- new_mutex!(None, "AttachedVm::vm"),
+            lender <- new_mutex!(None, "AttachedVm::lender"),
         })
     }
 
@@ -160,19 +166,29 @@ impl AttachedVm {
     ///
     /// `vm` must stay valid until [`Self::clear`] returns.
     pub(super) unsafe fn fill(&self, vm: &Vm) {
-        *self.vm.lock() = Some(AttachedPtr(vm.as_ptr()));
+        let ptr = AttachedPtr(vm.as_ptr());
+        *self.vm.lock() = Some(ptr);
+        *self.lender.lock() = Some(ptr);
     }
 
     /// Ends the access, waiting for one that is under way.
     pub(super) fn clear(&self) {
+        *self.lender.lock() = None;
         *self.vm.lock() = None;
     }
 
     /// Calls `f` with the VM unless it is detached.
-    pub(super) fn with<R>(&self, f: impl FnOnce(&Vm) -> R) -> Option<R> {
+    fn with<R>(&self, f: impl FnOnce(&Vm) -> R) -> Option<R> {
         let vm = self.vm.lock();
         // SAFETY: By the safety requirements of `fill()` the VM is valid until `clear()` returns,
         // which takes the lock that we hold.
+        vm.as_ref().map(|ptr| f(unsafe { Vm::from_raw(ptr.0) }))
+    }
+
+    /// Calls `f`, which lends pages or takes them back, with the VM unless it is detached.
+    pub(super) fn with_lender<R>(&self, f: impl FnOnce(&Vm) -> R) -> Option<R> {
+        let vm = self.lender.lock();
+        // SAFETY: As in `with()`.
         vm.as_ref().map(|ptr| f(unsafe { Vm::from_raw(ptr.0) }))
     }
 
