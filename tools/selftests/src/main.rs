@@ -39,6 +39,7 @@ mod jobs;
 mod lifecycle;
 mod mapping;
 mod mapping_stress;
+mod mapping_token;
 mod mapping_tool;
 mod masks;
 mod pause;
@@ -111,6 +112,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         signals::TESTS,
         backlog::TESTS,
         mapping::TESTS,
+        mapping_token::TESTS,
         mapping_stress::TESTS,
         descriptors::TESTS,
         time_limit::TESTS,

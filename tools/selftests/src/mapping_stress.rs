@@ -13,9 +13,9 @@ use iced_x86::code_asm::*;
 use kvmi_abi::hypercall::{MapEntry, MEM_MAP, MEM_MAP_MANY, MEM_UNMAP, MEM_UNMAP_MANY};
 
 use crate::{
-    access_tool::{add_code, emit, CODE, NEXT, TARGET},
+    access_tool::{add_code, emit, CODE},
     harness::{note, test, Ctx, Test},
-    mapping_tool::{number, Introspector, ARRAY, TOKEN},
+    mapping_tool::{number, Introspector, ARRAY, PAGE_OF_TARGET, TOKEN, WINDOW},
     memory::Memory,
     role::Vmm,
     sys,
@@ -39,8 +39,6 @@ pub const TESTS: &[Test] = &[
         .destructive(),
 ];
 
-const PAGE_OF_TARGET: u64 = NEXT;
-const WINDOW: u64 = TARGET;
 /// What both guests count in.
 const CELL: u64 = 64;
 
@@ -69,8 +67,8 @@ fn both_guests_count_exactly_while_the_memory_moves(ctx: &Ctx) {
         counting(code, WINDOW + CELL, rounds);
     });
     let mut tool = target.hook_allowing_all();
-    let token = tool.map_token();
-    assert_eq!(introspector.map(&token, PAGE_OF_TARGET, WINDOW), 0);
+    let mapped = introspector.map_page(&mut tool, PAGE_OF_TARGET, WINDOW);
+    assert_eq!(mapped, 0);
     theirs.run_through();
     ours.run_through();
     let over = AtomicBool::new(false);
@@ -102,8 +100,8 @@ fn ten_thousand_mappings(ctx: &Ctx) {
     let mut tool = target.hook_allowing_all();
     for round in 0..ctx.rounds(10_000) as u64 {
         target.memory.write(PAGE_OF_TARGET, &round.to_le_bytes());
-        let token = tool.map_token();
-        assert_eq!(introspector.map(&token, PAGE_OF_TARGET, WINDOW), 0);
+        let mapped = introspector.map_page(&mut tool, PAGE_OF_TARGET, WINDOW);
+        assert_eq!(mapped, 0);
         assert_eq!(introspector.load(WINDOW), round);
         assert_eq!(introspector.unmap(WINDOW), 0);
     }
@@ -132,8 +130,8 @@ fn four_thousand_pages_at_a_time(ctx: &Ctx) {
         first.write(gpa - BASE, &gpa.to_le_bytes());
     }
     for entries in entries.chunks(AT_ONCE) {
-        let token = tool.map_token();
-        assert_eq!(introspector.map_many(&token, entries), 0);
+        let mapped = introspector.present(&mut tool, |guest, token| guest.map_many(token, entries));
+        assert_eq!(mapped, 0);
     }
     for gpa in gpas.iter().step_by(7) {
         assert_eq!(introspector.load(*gpa), *gpa);
@@ -263,8 +261,8 @@ fn target_may_be_killed_at_any_moment(ctx: &Ctx) {
         if round % 2 == 0 {
             vmm.vm = None;
         }
-        let token = tool.map_token();
-        assert_eq!(introspector.map(&token, PAGE_OF_TARGET, WINDOW), 0);
+        let mapped = introspector.map_page(&mut tool, PAGE_OF_TARGET, WINDOW);
+        assert_eq!(mapped, 0);
         let pause = Duration::from_micros(rng.below(2000) as u64);
         thread::scope(|scope| {
             scope.spawn(|| {

@@ -2,7 +2,10 @@
 
 //! An introspector: a VM whose guest maps pages of another one.
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use iced_x86::code_asm::*;
 use kvmi_abi::{
@@ -13,7 +16,7 @@ use kvmi_abi::{
 use zerocopy::IntoBytes as _;
 
 use crate::{
-    access_tool::{add_code, assemble, emit, CODE, PLAIN},
+    access_tool::{add_code, assemble, emit, CODE, NEXT, PLAIN, TARGET},
     guest::{Record, HIGH},
     registers::{EFER, LSTAR, STAR},
     sys,
@@ -34,12 +37,28 @@ const ENTRY: u64 = CODE + 0x300;
 /// Where programs enter the kernel.
 const KERNEL: u64 = CODE + 0x400;
 
+/// The page of the target that tests map.
+pub const PAGE_OF_TARGET: u64 = NEXT;
+/// Which page of the introspector stands for it.
+pub const WINDOW: u64 = TARGET;
+
+/// Errors of hypercalls.
+pub const EPERM: i64 = -1;
+pub const ENOENT: i64 = -2;
+pub const EFAULT: i64 = -14;
+pub const EINVAL: i64 = -22;
+pub const E2BIG: i64 = -7;
+pub const EALREADY: i64 = -114;
+pub const ENOSYS: i64 = -1000;
+
 /// A VM whose guest may map pages of others. Its guest does what the test says.
 pub struct Introspector {
     /// The VM.
     pub vm: TestVm,
     /// Its vCPU.
     pub vcpu: Vcpu,
+    /// A token that was of no use, and when it was asked for.
+    token: Option<(MapToken, Instant)>,
 }
 
 impl Introspector {
@@ -63,7 +82,8 @@ impl Introspector {
         ] {
             vm.memory.write(address, &assemble(address, write));
         }
-        Self { vm, vcpu }
+        let token = None;
+        Self { vm, vcpu, token }
     }
 
     /// Makes the VM an introspector (1), or ends that (0).
@@ -115,6 +135,38 @@ impl Introspector {
         });
         assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
         self.vcpu.regs().r8.cast_signed()
+    }
+
+    /// Has the guest present a token of this session, again with another one if the host is so slow
+    /// that it may have expired; returns the result.
+    #[track_caller]
+    pub fn present(
+        &mut self,
+        tool: &mut Tool,
+        mut call: impl FnMut(&mut Self, &MapToken) -> i64,
+    ) -> i64 {
+        const YOUNG: Duration = Duration::from_secs(1);
+        const OLD: Duration = Duration::from_millis(2900);
+        loop {
+            let last = self.token.take().filter(|(_, at)| at.elapsed() < YOUNG);
+            let (token, at) = last.unwrap_or_else(|| {
+                let now = Instant::now();
+                (tool.map_token(), now)
+            });
+            let result = call(self, &token);
+            if result == ENOENT && at.elapsed() >= OLD {
+                continue;
+            }
+            // There are only so many.
+            self.token = (result != 0).then_some((token, at));
+            return result;
+        }
+    }
+
+    /// Has the guest map a page of this session's target in place of one of its own.
+    #[track_caller]
+    pub fn map_page(&mut self, tool: &mut Tool, target_gpa: u64, gpa: u64) -> i64 {
+        self.present(tool, |guest, token| guest.map(token, target_gpa, gpa))
     }
 
     /// Has the guest present a token, to map a page in place of one of its own.
@@ -218,4 +270,32 @@ fn is_amd() -> bool {
 pub fn number(vm: &TestVm, gpa: u64) -> u64 {
     let bytes = vm.memory.read(gpa, 8).try_into();
     u64::from_le_bytes(bytes.expect("eight bytes"))
+}
+
+/// A target whose pages begin with their addresses, its tool, and an introspector whose pages
+/// begin with the complement of theirs.
+#[track_caller]
+pub fn scene() -> (TestVm, Tool, Introspector) {
+    let target = TestVm::new();
+    scene_with(target)
+}
+
+/// The same, with this target.
+#[track_caller]
+pub fn scene_with(target: TestVm) -> (TestVm, Tool, Introspector) {
+    let introspector = Introspector::new();
+    for page in 0..4 {
+        let gpa = TARGET + page * PAGE as u64;
+        target.memory.write(gpa, &gpa.to_le_bytes());
+        introspector.vm.memory.write(gpa, &(!gpa).to_le_bytes());
+    }
+    let tool = target.hook_allowing_all();
+    (target, tool, introspector)
+}
+
+/// Maps the page, and reads it.
+#[track_caller]
+pub fn map(tool: &mut Tool, introspector: &mut Introspector) {
+    assert_eq!(introspector.map_page(tool, PAGE_OF_TARGET, WINDOW), 0);
+    assert_eq!(introspector.load(WINDOW), PAGE_OF_TARGET);
 }
