@@ -17,19 +17,19 @@ use zerocopy_derive::{
 use crate::error::KvmiError;
 
 /// Maps one page: virtual address of a token, gpa in the target, own gpa.
-pub const MEM_MAP: u64 = 32;
+pub const MEM_MAP: u32 = 32;
 /// Unmaps one page: own gpa.
-pub const MEM_UNMAP: u64 = 33;
+pub const MEM_UNMAP: u32 = 33;
 /// Maps many pages or none: virtual address of a token, gpa of a page with an array of
 /// [`MapEntry`], their number.
-pub const MEM_MAP_MANY: u64 = 35;
+pub const MEM_MAP_MANY: u32 = 35;
 /// Unmaps many pages: gpa of a page with an array of own gpas, their number. The result is how
 /// many from the first one on are unmapped.
-pub const MEM_UNMAP_MANY: u64 = 36;
+pub const MEM_UNMAP_MANY: u32 = 36;
 
 /// The page is, or is not, mapped already (`EALREADY`). The protocol of the socket has no such
 /// error.
-pub const EALREADY: i64 = 114;
+pub const EALREADY: i32 = 114;
 
 /// An array fills a page at most.
 pub const ARRAY_SIZE: usize = 4096;
@@ -91,7 +91,7 @@ impl Hypercall {
     /// not privileged, `Inval` if an address is no page's, `TooBig` if there are too many.
     pub fn parse(nr: u64, args: &[u64; 4], cpl: u32) -> Option<Result<Self, KvmiError>> {
         let [a0, a1, a2, _] = *args;
-        let call = match nr {
+        let call = match u32::try_from(nr).ok()? {
             MEM_MAP => page(a1).and_then(|target_gpa| {
                 Ok(Self::Map {
                     token_gva: a0,
@@ -174,6 +174,11 @@ mod tests {
         let unmap = Hypercall::Unmap { gpa: 0x7000 };
         assert_eq!(parse(33, [0x7000, 1, 1]), Some(Ok(unmap)));
         assert_eq!(parse(33, [0x7010, 0, 0]), Some(Err(KvmiError::Inval)));
+    }
+
+    #[test]
+    fn one_token_is_good_for_what_the_guest_is_told() {
+        assert_eq!(u32::try_from(MAX_MAP), Ok(crate::mem::MAX_MAP_PAGES));
     }
 
     #[test]

@@ -5,8 +5,8 @@
 //!
 //! The kernel modules, the client crate, the tools and the tests all compile this one crate, so
 //! every structure, number and argument check exists once. It is free of kernel types, of
-//! allocation and of `unsafe`. `include/uapi/linux/kvmi.h` says the same to C; a test of the
-//! `kvmi-client` crate compares the two field by field.
+//! allocation and of `unsafe`. `include/uapi/linux/{kvmi,kvmmem}.h` say the same to C; a test of
+//! the `kvmi-client` crate compares the two field by field.
 //!
 //! All integers are in the byte order of the host. No structure has implicit padding, which the
 //! `IntoBytes` derives prove.
@@ -22,8 +22,11 @@ pub mod error;
 pub mod event;
 pub mod handshake;
 pub mod hypercall;
+pub mod hypercall_result;
 pub mod id;
 pub mod ioctl;
+pub mod mem;
+pub mod mem_range;
 pub mod mtrr;
 pub mod policy;
 pub mod request;

@@ -126,7 +126,7 @@ impl Introspector {
         match served {
             Ok(result) => Ok(Some(result)),
             Err(MapError::Interrupted) => Err(EINTR),
-            Err(MapError::Already) => Ok(Some(-EALREADY)),
+            Err(MapError::Already) => Ok(Some(-i64::from(EALREADY))),
             Err(MapError::Kvmi(error)) => Ok(Some(-i64::from(error.code()))),
         }
     }

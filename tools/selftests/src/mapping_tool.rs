@@ -93,9 +93,9 @@ impl Introspector {
 
     /// Has the guest make a hypercall; returns its result.
     #[track_caller]
-    pub fn call(&mut self, nr: u64, args: [u64; 3]) -> i64 {
+    pub fn call(&mut self, nr: u32, args: [u64; 3]) -> i64 {
         self.vcpu.change_regs(|regs| {
-            (regs.rip, regs.rax) = (CODE, nr);
+            (regs.rip, regs.rax) = (CODE, nr.into());
             [regs.rbx, regs.rcx, regs.rdx] = args;
         });
         assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
@@ -104,7 +104,7 @@ impl Introspector {
 
     /// Has a program of the guest make a hypercall; returns its result.
     #[track_caller]
-    pub fn call_from_user_mode(&mut self, nr: u64, args: [u64; 3]) -> i64 {
+    pub fn call_from_user_mode(&mut self, nr: u32, args: [u64; 3]) -> i64 {
         // The program's page is one of those that user mode may access.
         const PROGRAM: u64 = HIGH + 2 * PAGE as u64;
         const PROGRAM_GPA: u64 = SCRATCH + 0x3000;
@@ -129,7 +129,7 @@ impl Introspector {
         self.vcpu
             .set_msrs(&[(EFER, efer), (STAR, star), (LSTAR, KERNEL)]);
         self.vcpu.change_regs(|regs| {
-            (regs.rip, regs.rax) = (ENTRY, nr);
+            (regs.rip, regs.rax) = (ENTRY, nr.into());
             [regs.rbx, regs.r9, regs.rdx] = args;
             (regs.rcx, regs.r11) = (PROGRAM, 0x202);
         });

@@ -24,6 +24,7 @@ fn compile(body: &str) -> Result<(), String> {
     let head = "#include <errno.h>\n\
                 #include <stddef.h>\n\
                 #include <linux/kvmi.h>\n\
+                #include <linux/kvmmem.h>\n\
                 #include <linux/kvm_para.h>\n";
     fs::write(&source, head.to_owned() + body).unwrap();
     let output = Command::new("cc")
@@ -102,7 +103,7 @@ fn c_defines_nothing_that_rust_does_not_know() {
     known.extend(HELPERS.map(str::to_owned));
 
     let mut defined = 0;
-    for header in ["linux/kvmi.h", "asm/kvmi.h"] {
+    for header in ["linux/kvmi.h", "asm/kvmi.h", "linux/kvmmem.h"] {
         for line in fs::read_to_string(uapi().join(header)).unwrap().lines() {
             if let Some(name) = defines(line) {
                 assert!(

@@ -58,6 +58,7 @@ macro_rules! describe {
 
 // Below the macro, which they use.
 mod access;
+mod mem;
 mod vcpu;
 
 /// All structures.
@@ -67,6 +68,7 @@ pub fn structs() -> Vec<Struct> {
     all.extend(registers());
     all.extend(vcpu::structs());
     all.extend(access::structs());
+    all.extend(mem::structs());
     all
 }
 
@@ -365,10 +367,10 @@ pub fn constants() -> Vec<(String, i64)> {
             dev::STATUS_INTROSPECTOR.into(),
         ),
         ("KVMI_TOKEN_READ_ONLY", TOKEN_READ_ONLY.into()),
-        ("KVM_HC_MEM_MAP", hypercall::MEM_MAP as i64),
-        ("KVM_HC_MEM_UNMAP", hypercall::MEM_UNMAP as i64),
-        ("KVM_HC_MEM_MAP_MANY", hypercall::MEM_MAP_MANY as i64),
-        ("KVM_HC_MEM_UNMAP_MANY", hypercall::MEM_UNMAP_MANY as i64),
+        ("KVM_HC_MEM_MAP", hypercall::MEM_MAP.into()),
+        ("KVM_HC_MEM_UNMAP", hypercall::MEM_UNMAP.into()),
+        ("KVM_HC_MEM_MAP_MANY", hypercall::MEM_MAP_MANY.into()),
+        ("KVM_HC_MEM_UNMAP_MANY", hypercall::MEM_UNMAP_MANY.into()),
         ("KVMI_PAGE_ACCESS_R", page_access::R.into()),
         ("KVMI_PAGE_ACCESS_W", page_access::W.into()),
         ("KVMI_PAGE_ACCESS_X", page_access::X.into()),
@@ -376,6 +378,7 @@ pub fn constants() -> Vec<(String, i64)> {
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();
+    all.extend(mem::constants().map(|(name, value)| (name.to_owned(), value)));
     all.extend(
         Command::ALL
             .iter()
