@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the module needs of the kernel's memory management and the `kernel` crate lacks.
+
+mod backing;
+mod memlock;
+mod pin;
+
+pub(crate) use backing::{
+    back,
+    Backing, //
+};
+pub(crate) use memlock::MemlockCharge;
+pub(crate) use pin::PinnedPage;
