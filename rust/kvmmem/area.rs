@@ -5,10 +5,7 @@
 use kernel::{
     alloc::flags::GFP_KERNEL_ACCOUNT,
     mm::{
-        virt::{
-            flags,
-            VmaNew, //
-        },
+        virt::VmaNew,
         Mm, //
     },
     page::{
@@ -42,7 +39,10 @@ use crate::{
         self,
         Batch, //
     },
-    mm::MemlockCharge,
+    mm::{
+        expect_suitable,
+        MemlockCharge, //
+    },
     page_map::{
         self,
         PageMap,
@@ -83,11 +83,7 @@ impl Area {
     /// `E2BIG` if it is too large, `ENOMEM` if there is no memory, or the process may not lock as
     /// much.
     pub(crate) fn new(mm: &Mm, vma: &VmaNew) -> Result<Arc<Self>> {
-        // VM_SHARED is off if the file cannot be written to.
-        if vma.flags() & flags::MAYSHARE == 0 {
-            return Err(EINVAL);
-        }
-        vma.try_clear_mayexec()?;
+        expect_suitable(vma)?;
         let count = (vma.end() - vma.start()) / PAGE_SIZE;
         if count > MAX_AREA_PAGES {
             return Err(E2BIG);

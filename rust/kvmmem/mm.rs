@@ -8,6 +8,7 @@ mod pin;
 
 pub(crate) use backing::{
     back,
+    expect_suitable,
     Backing, //
 };
 pub(crate) use memlock::MemlockCharge;

@@ -18,17 +18,21 @@ use kernel::{
         c_ulong, //
     },
     mm::virt::{
+        flags,
         VmaNew,
         VmaRef, //
     },
     page::{
         Page,
+        PAGE_SHIFT,
         PAGE_SIZE, //
     },
     prelude::*,
     sync::Arc,
     types::ForeignOwnable, //
 };
+
+use crate::host;
 
 /// What is behind a mapping.
 pub(crate) trait Backing: Send + Sync {
@@ -64,10 +68,14 @@ static VM_OPS: Table<bindings::vm_operations_struct> = Table(bindings::vm_operat
 ///
 /// It is dropped when the mapping is gone, on a task that holds no lock; at once if this fails.
 ///
-/// The mapping can be neither split, moved, resized nor inherited, is not dumped, and its pages
-/// are for the CPU only: no device can be told to read or write them (`VM_IO`), since that would
-/// get at what the host has behind them.
+/// The mapping can be neither split, moved, resized nor inherited, and is not dumped. The page
+/// tables have frame numbers (`VM_PFNMAP`), not references: the pages are for the CPU only. I/O
+/// that the kernel does on behalf of a program cannot get hold of them, since devices would get at
+/// what this VM has there, not at what the host has replaced it by.
+///
+/// Fails with `EINVAL` if the mapping is not one for that: see [`expect_suitable`].
 pub(crate) fn back(vma: &VmaNew, backing: Arc<dyn Backing>) -> Result {
+    expect_suitable(vma)?;
     let private = Private::new(backing, GFP_KERNEL)?.into_foreign();
     // SAFETY: The name and the callbacks are static.
     let file = unsafe {
@@ -88,12 +96,30 @@ pub(crate) fn back(vma: &VmaNew, backing: Arc<dyn Backing>) -> Result {
     unsafe { bindings::fput(file) };
     // SAFETY: The mapping is being set up, so that nobody else looks at it.
     unsafe { (*vma.as_ptr()).vm_ops = &raw const VM_OPS.0 };
-    vma.set_mixedmap();
+    set_pfnmap(vma);
     vma.set_io();
     vma.set_dontcopy();
     vma.set_dontexpand();
     vma.set_dontdump();
     Ok(())
+}
+
+/// Fails with `EINVAL` unless `vma` is a shared mapping for data, from the device's begin on.
+pub(crate) fn expect_suitable(vma: &VmaNew) -> Result {
+    vma.try_clear_mayexec()?;
+    // Whether pages would be copied when they are written to. Not by `MAYSHARE`: the kernel's
+    // bindings have the value of `VM_MAYEXEC` for it (bindings_helper.h of 7.2). A shared
+    // mapping of a file that cannot be written to has neither of the two.
+    let is_private = vma.flags() & (flags::SHARED | flags::MAYWRITE) == flags::MAYWRITE;
+    // SAFETY: The mapping is being set up, so that nobody changes it.
+    let offset = unsafe { (*vma.as_ptr()).vm_pgoff };
+    (!is_private && offset == 0).then_some(()).ok_or(EINVAL)
+}
+
+/// Lets the mapping have frame numbers. It must be a shared one.
+fn set_pfnmap(vma: &VmaNew) {
+    // SAFETY: The mapping is being set up, so that nobody else looks at its flags.
+    unsafe { (*vma.as_ptr()).__bindgen_anon_2.vm_flags |= flags::PFNMAP };
 }
 
 /// # Safety
@@ -123,29 +149,20 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
     // more.
     let backing = unsafe { Private::borrow(private) };
 
-    enter(vma, at.address, &**backing).unwrap_or_else(|error| {
-        if error == ENOMEM {
-            bindings::vm_fault_reason_VM_FAULT_OOM
-        } else {
-            bindings::vm_fault_reason_VM_FAULT_SIGBUS
-        }
-    })
+    // The mapping begins where it was made: it is never moved or split.
+    let index = at.address.wrapping_sub(vma.start()) / PAGE_SIZE;
+    match backing.page(index) {
+        Some(page) => enter(vma, at.address, page),
+        None => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+    }
 }
 
-/// Enters the page at `address` into the page table.
-fn enter(vma: &VmaRef, address: usize, backing: &dyn Backing) -> Result<bindings::vm_fault_t> {
-    // The mapping begins where it was made: it is never moved or split.
-    let index = address.checked_sub(vma.start()).ok_or(EFAULT)? / PAGE_SIZE;
-    let page = backing.page(index).ok_or(EFAULT)?;
-    match vma
-        .as_mixedmap_vma()
-        .ok_or(EFAULT)?
-        .vm_insert_page(address, page)
-    {
-        // Or another thread was faster.
-        Err(error) if error != EBUSY => Err(error),
-        _ => Ok(bindings::vm_fault_reason_VM_FAULT_NOPAGE),
-    }
+/// Enters `page` into the page table at `address` of a mapping made by [`back`].
+fn enter(vma: &VmaRef, address: usize, page: &Page) -> bindings::vm_fault_t {
+    let pfn = host::gpa(page) >> PAGE_SHIFT;
+    // SAFETY: The mapping is valid and locked, shared, and has `VM_PFNMAP` only. Its pages exist
+    // until its file is released, which comes after its page table entries.
+    unsafe { bindings::vmf_insert_pfn(vma.as_ptr(), address, pfn as c_ulong) }
 }
 
 /// # Safety

@@ -104,12 +104,8 @@ impl Drop for PinnedPage {
 
 /// Whether the pages of `vma` are a process' own, to be replaced as it likes.
 fn expect_anonymous(vma: &VmaRef) -> Result {
-    const OTHER: usize = flags::SHARED
-        | flags::MAYSHARE
-        | flags::HUGETLB
-        | flags::IO
-        | flags::PFNMAP
-        | flags::MIXEDMAP;
+    const OTHER: usize =
+        flags::SHARED | flags::HUGETLB | flags::IO | flags::PFNMAP | flags::MIXEDMAP;
 
     // SAFETY: The lock that a `VmaRef` comes with excludes changes.
     let has_ops = !unsafe { (*vma.as_ptr()).vm_ops }.is_null();
