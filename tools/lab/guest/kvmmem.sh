@@ -1,0 +1,56 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0 OR MIT
+#
+# kvmmem.sh FLAVOUR [HOST-PORT]: runs in the lab, with KVM loaded.  Tests kvmmem.ko in a guest of
+# QEMU, as KTAP.  HOST-PORT is a UNIX socket at which somebody listens who speaks
+# for the host as tools/kvmmem-test/src/host.rs says; without it, the host is one
+# that knows nothing of mapping.
+
+set -u
+FLAVOUR=$1 host=${2:-}
+. tools/lab/guest/common.sh
+
+MODULE=build/modules/$FLAVOUR/kvmmem.ko
+console=/tmp/kvmmem.console
+out=/tmp/kvmmem.out
+dir=/tmp/kvmmem.initrd
+memory=256M
+[ "$FLAVOUR" != debug ] || memory=1024M
+
+# bail REASON: there are no results.
+bail() {
+	sed 's/^/# /' /tmp/kvmmem.err $console
+	echo "Bail out! $*"
+	exit 1
+}
+
+: >$console
+: >$out
+rm -rf $dir
+mkdir -p $dir/bin $dir/dev $dir/proc $dir/sys
+cp "$(command -v busybox)" $dir/bin/busybox
+cp "$MODULE" "$BIN/kvmmem_test" $dir/
+cp tools/lab/guest/kvmmem-init $dir/init
+chmod 755 $dir/init
+(cd $dir && find . | cpio -o -H newc --quiet) >/tmp/kvmmem.cpio
+rm -r $dir
+
+set -- # the port to the host
+[ -z "$host" ] || set -- -chardev "socket,id=host,path=$host" -device virtserialport,chardev=host,name=kvmmem.host
+qemu-system-x86_64 -name kvmmem -accel kvm -cpu qemu64 -smp 2 -m $memory -display none -nodefaults \
+	-no-reboot -serial file:$console -kernel "$KERNEL/bzImage" -initrd /tmp/kvmmem.cpio \
+	-device virtio-serial-pci -chardev file,id=out,path=$out \
+	-device virtserialport,chardev=out,name=kvmmem.out "$@" \
+	-append "console=ttyS0 loglevel=5 panic=-1 oops=panic" 2>/tmp/kvmmem.err ||
+	bail "QEMU ended with an error"
+grep -q '^1\.\.' $out || bail "the guest went down"
+sed '/^1\.\.[0-9]*$/d' $out
+count=$(grep -c '^\(not \)\?ok ' $out)
+
+if grep -aE 'BUG:|WARNING:|Oops|lockup|stall|possible .* detected|INFO: task' $console | sed 's/^/# /' | grep .; then
+	echo "not ok $((count + 1)) the guest's kernel logged no report"
+else
+	echo "ok $((count + 1)) the guest's kernel logged no report"
+fi
+echo "1..$((count + 1))"
+! grep -q '^ *not ok' $out
