@@ -16,6 +16,9 @@ bool kvmmem_host_is_kvm(void);
 /* May take as long as the host likes; the caller may sleep, and holds no lock. */
 long kvmmem_hypercall(unsigned int nr, unsigned long a0, unsigned long a1, unsigned long a2);
 
+/* Takes a reference. */
+void kvmmem_page_get(struct page *page);
+
 phys_addr_t kvmmem_page_to_phys(struct page *page);
 
 /* Whether the page is a part of something larger. */

@@ -41,7 +41,8 @@ use crate::{
     },
     mm::{
         expect_suitable,
-        MemlockCharge, //
+        MemlockCharge,
+        PageRef, //
     },
     page_map::{
         self,
@@ -63,7 +64,7 @@ pub(crate) struct Area {
     replaced: PageMaps,
     /// Who has which page, by its index.
     claims: Arc<Claims>,
-    pages: KVVec<Arc<Page>>,
+    pages: KVVec<Page>,
     range: PageRange,
     _charge: MemlockCharge,
     _counted: (Counted, Counted),
@@ -95,7 +96,7 @@ impl Area {
         for _ in 0..count {
             // Not from where the kernel would move them away.
             let page = Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO)?;
-            pages.push(Arc::new(page, GFP_KERNEL)?, GFP_KERNEL)?;
+            pages.push(page, GFP_KERNEL)?;
         }
         let claims = Claims::new()?;
         Arc::pin_init(
@@ -116,7 +117,7 @@ impl Area {
 
     /// The page at `index`.
     pub(crate) fn page(&self, index: usize) -> Option<&Page> {
-        self.pages.get(index).map(|page| &**page)
+        self.pages.get(index)
     }
 
     /// Whether all of `range` is in it.
@@ -152,7 +153,7 @@ impl Area {
             map: PageMap {
                 _claim: Claim::new(&self.claims, number)?,
                 _charge: None,
-                page: GuestPage::new(Held::Provided(page.clone())),
+                page: GuestPage::new(Held::Provided(PageRef::new(page))),
             },
         })
     }

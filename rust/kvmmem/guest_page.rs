@@ -2,12 +2,9 @@
 
 //! Pages of this VM that may be another VM's for a while.
 
-use core::mem;
 use kernel::{
-    page::Page,
     pr_warn_once,
     prelude::*,
-    sync::Arc,
     time::{
         delay::fsleep,
         Delta, //
@@ -21,7 +18,10 @@ use crate::{
     },
     errno,
     host,
-    mm::PinnedPage,
+    mm::{
+        PageRef,
+        PinnedPage, //
+    },
     secret::TokenRef, //
 };
 
@@ -34,7 +34,7 @@ const UNMAP_PAUSE: Delta = Delta::from_millis(1);
 /// What keeps a page from the allocator.
 pub(crate) enum Held {
     /// A page of a mapping of the device.
-    Provided(Arc<Page>),
+    Provided(PageRef),
     /// A page that a process had itself.
     Pinned(PinnedPage),
 }
@@ -42,8 +42,8 @@ pub(crate) enum Held {
 impl Held {
     fn gpa(&self) -> u64 {
         match self {
-            Self::Provided(page) => host::gpa(page),
-            Self::Pinned(pinned) => host::gpa(&pinned.page()),
+            Self::Provided(page) => host::gpa(&page.page()),
+            Self::Pinned(page) => host::gpa(&page.page()),
         }
     }
 }
@@ -123,7 +123,11 @@ impl GuestPage {
 
     /// Never gives the page back: it is, or may be, the memory of another VM.
     fn quarantine(&mut self) {
-        mem::forget(self.held.take());
+        match self.held.take() {
+            Some(Held::Provided(page)) => page.leak(),
+            Some(Held::Pinned(page)) => page.leak(),
+            None => {}
+        }
         self.foreign = None;
         counters::QUARANTINED.add_one();
         pr_warn_once!("The host did not unmap a page; it is not used any more.\n");

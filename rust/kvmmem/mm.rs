@@ -4,6 +4,7 @@
 
 mod backing;
 mod memlock;
+mod page_ref;
 mod pin;
 
 pub(crate) use backing::{
@@ -12,4 +13,5 @@ pub(crate) use backing::{
     Backing, //
 };
 pub(crate) use memlock::MemlockCharge;
+pub(crate) use page_ref::PageRef;
 pub(crate) use pin::PinnedPage;

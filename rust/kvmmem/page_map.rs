@@ -86,7 +86,8 @@ impl PageMaps {
 pub(crate) fn unmap_all(mut pages: Taken) -> Result<usize> {
     let mut done = 0;
     let mut result = Ok(());
-    if let Ok(mut batch) = Batch::new() {
+    let are_many = pages.values().nth(1).is_some();
+    if let Some(mut batch) = are_many.then(Batch::new).and_then(Result::ok) {
         while unmap_batch(&mut pages, &mut batch, &mut done, &mut result) {}
     }
     for map in pages.values_mut().filter(|map| map.page.is_foreign()) {

@@ -5,9 +5,12 @@
 //! C header: [`include/linux/mm.h`](srctree/include/linux/mm.h);
 //! see also [`Documentation/core-api/pin_user_pages.rst`](srctree/Documentation/core-api/pin_user_pages.rst)
 
-use core::ptr::{
-    self,
-    NonNull, //
+use core::{
+    mem::ManuallyDrop,
+    ptr::{
+        self,
+        NonNull, //
+    }, //
 };
 use kernel::{
     bindings,
@@ -36,7 +39,7 @@ use crate::counters::{
 /// `page` is a valid page of which we own a long-term pin.
 pub(crate) struct PinnedPage {
     page: NonNull<bindings::page>,
-    _counted: Counted,
+    counted: Option<Counted>,
 }
 
 // SAFETY: A pin may be given up by any task.
@@ -84,8 +87,13 @@ impl PinnedPage {
         // INVARIANT: If there is a page now, it is pinned.
         Ok(Self {
             page: NonNull::new(page).ok_or(EFAULT)?,
-            _counted: Counted::one(&counters::PINNED),
+            counted: Some(Counted::one(&counters::PINNED)),
         })
+    }
+
+    /// Keeps the page pinned for ever, and forgets about it.
+    pub(crate) fn leak(self) {
+        ManuallyDrop::new(self).counted = None;
     }
 
     /// The page.
