@@ -12,7 +12,7 @@ B := tools/build
 LAB := tools/target/x86_64-unknown-linux-gnu/release/lab
 
 .NOTPARALLEL:
-.PHONY: help setup kernel lab-modules selftests tools guest guest-module bochs demo test stress lab check \
+.PHONY: help setup kernel lab-modules selftests tools guest guest-module fakehost-module bochs demo test stress lab check \
 	bench modules modules_install clean distclean
 
 help:
@@ -26,8 +26,9 @@ help:
 	@echo '  make bench              what introspection costs, compared with an unpatched kernel'
 	@echo
 	@echo 'For a kernel of your own, patched with patches/7.2:'
-	@echo '  make modules            build kvmi_host.ko against KDIR=/path/of/its/build'
-	@echo '  make modules_install    install it there'
+	@echo '  make modules            build kvmi_host.ko and kvmmem.ko against KDIR=/path/of/its/build'
+	@echo '  make modules_install    install them there'
+	@echo '                          [GUEST=1] kvmmem.ko only, for any 7.2 kernel with Rust'
 	@echo
 	@echo 'Parts of the above:'
 	@echo '  make setup              install missing tools (Debian 12, 13)'
@@ -65,11 +66,16 @@ guest-module: kernel
 	@$(B)/modules.sh build/kernel/$(FLAVOUR)/kdir build/modules/$(FLAVOUR)-guest modules \
 		M=$(CURDIR)/tools/lab/guest/patcher
 
+# kvmmem.ko with a host of its own built in, for tests of what a real one does rarely.
+fakehost-module: kernel
+	@$(B)/modules.sh build/kernel/$(FLAVOUR)/kdir build/modules/$(FLAVOUR)-fakehost modules \
+		CONFIG_KVMI_HOST= KVMMEM_HOST=tools/lab/guest/fakehost/fakehost.o
+
 demo: FLAVOUR := lab
 demo: lab-modules tools guest guest-module
 	@$(LAB) run --flavour $(FLAVOUR) --name demo -- sh tools/lab/guest/demo.sh
 
-test: lab-modules selftests tools guest guest-module $(if $(filter amd,$(VENDOR)),,bochs)
+test: lab-modules selftests tools guest guest-module fakehost-module $(if $(filter amd,$(VENDOR)),,bochs)
 	@$(B)/test.sh $(FLAVOUR) $(VENDOR)
 
 stress: lab-modules tools
@@ -89,7 +95,7 @@ bench: lab-modules tools
 	@$(B)/bench.sh
 
 modules modules_install:
-	@$(B)/modules.sh $(KDIR) build/modules/kdir $@
+	@$(B)/modules.sh $(KDIR) build/modules/kdir $@ $(if $(GUEST),CONFIG_KVMI_HOST=)
 
 clean:
 	rm -rf build tools/target

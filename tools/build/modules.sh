@@ -1,9 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# modules.sh KDIR OUT TARGET [VAR=VALUE…]: builds or installs kvmi_host.ko for
-# the kernel built in KDIR, in OUT.  Names what is missing before make would
-# fail in the middle of it.
+# modules.sh KDIR OUT TARGET [VAR=VALUE…]: builds or installs kvmi_host.ko and
+# kvmmem.ko for the kernel built in KDIR, in OUT.  With CONFIG_KVMI_HOST= it is
+# kvmmem.ko only, for which the kernel of a guest need not have the series.
+# Names what is missing before make would fail in the middle of it.
 
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/source.sh"
@@ -22,10 +23,16 @@ src=$kdir
 # The value of a symbol, without quotes; empty if it is off.
 config() { sed -n "s/^CONFIG_$1=//p" "$kdir/.config" | tr -d '"'; }
 
-[ -f "$src/include/linux/kvm_introspection.h" ] ||
-	die "$src: the patch series is missing" "apply patches/$KERNEL_LINE in the order of its file 'series', then $build_it"
-[ "$(config KVM_INTROSPECTION)" = y ] ||
-	die "$kdir: CONFIG_KVM_INTROSPECTION is off" "turn it on, then $build_it"
+modules=(kvmi_host kvmmem)
+for variable in "$@"; do
+	[ "$variable" != CONFIG_KVMI_HOST= ] || modules=(kvmmem)
+done
+if [ "${modules[0]}" = kvmi_host ]; then
+	[ -f "$src/include/linux/kvm_introspection.h" ] ||
+		die "$src: the patch series is missing" "apply patches/$KERNEL_LINE in the order of its file 'series', then $build_it"
+	[ "$(config KVM_INTROSPECTION)" = y ] ||
+		die "$kdir: CONFIG_KVM_INTROSPECTION is off" "turn it on, then $build_it"
+fi
 [ "$(config RUST)" = y ] ||
 	die "$kdir: CONFIG_RUST is off" "'make LLVM=1 rustavailable' there tells what Rust lacks; turn it on, then $build_it"
 [ -f "$kdir/Module.symvers" ] ||
@@ -38,9 +45,11 @@ build() { make -C "$kdir" M="$ROOT" MO="$ROOT/$out" "${KMAKE_FLAGS[@]}" "$target
 
 if [ "$target" = modules_install ]; then
 	# Needs no compiler, and root's PATH may well have none.
-	[ -f "$out/kvmi_host.ko" ] || die "$out/kvmi_host.ko: not built" "make modules KDIR=$kdir"
+	for module in "${modules[@]}"; do
+		[ -f "$out/$module.ko" ] || die "$out/$module.ko: not built" "make modules KDIR=$kdir"
+	done
 	KMAKE_FLAGS=()
-	step "$target from $out" "V=1 shows all" build
+	step "$target from $out" "V=1 shows all" build "$@"
 	exit
 fi
 
@@ -68,4 +77,4 @@ mkdir -p "$out"
 exec 9>"$CACHE/lock"
 flock 9
 step "$target in $out" "V=1 shows all" build -j"$JOBS" "$@"
-[ "$out" != build/modules/kdir ] || [ "$target" != modules ] || say "  $out/kvmi_host.ko"
+[ "$out" != build/modules/kdir ] || [ "$target" != modules ] || printf '  %s\n' "${modules[@]/#/$out/}"
