@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::fake;
+
 const FILE: &str = "/sys/kernel/debug/kvmmem/counters";
 
 /// One of the module's counters.
@@ -27,7 +29,12 @@ pub fn expect_nothing_left() -> Result<(), String> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let text = fs::read_to_string(FILE).map_err(|error| format!("{FILE}: {error}"))?;
-        let left: Vec<&str> = text.lines().filter(|line| !line.ends_with(" 0")).collect();
+        let left: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.ends_with(" 0"))
+            // That is for good, and looked at together with the host's account.
+            .filter(|line| !line.starts_with("quarantined ") || !fake::is_present())
+            .collect();
         if left.is_empty() {
             return Ok(());
         }

@@ -13,7 +13,7 @@ use std::{
 
 use rustix::process::{kill_process_group, Pid, Signal};
 
-use crate::{counters, sys, EXIT_SKIP};
+use crate::{counters, fake, sys, EXIT_SKIP};
 
 /// Hidden option: be the process of one test.
 pub const RUN_ONE: &str = "--run-one";
@@ -47,6 +47,7 @@ pub struct Test {
     behaviour: &'static str,
     run: fn(&Options),
     needs_host: bool,
+    needs_fake: bool,
 }
 
 impl Test {
@@ -57,12 +58,19 @@ impl Test {
             behaviour,
             run,
             needs_host: false,
+            needs_fake: false,
         }
     }
 
     /// The test needs a host that maps pages.
     pub const fn needs_host(mut self) -> Self {
         self.needs_host = true;
+        self
+    }
+
+    /// The test needs a module with a host built in.
+    pub const fn needs_fake(mut self) -> Self {
+        self.needs_fake = true;
         self
     }
 
@@ -104,6 +112,11 @@ pub fn run<'a>(tests: impl Iterator<Item = &'a Test>, options: &Options) -> Exit
         if test.needs_host && options.host.is_none() {
             skipped += 1;
             println!("ok {number} {name} # SKIP no host (--host)");
+            continue;
+        }
+        if test.needs_fake && !fake::is_present() {
+            skipped += 1;
+            println!("ok {number} {name} # SKIP no host is built into the module");
             continue;
         }
         match run_one(test, options) {
@@ -168,5 +181,6 @@ fn run_one(test: &Test, options: &Options) -> Result<(), String> {
     if !status.success() {
         return Err(format!("{text}{status}"));
     }
-    counters::expect_nothing_left().map_err(|left| format!("{text}left in the module: {left}"))
+    counters::expect_nothing_left().map_err(|left| format!("{text}left in the module: {left}"))?;
+    fake::expect_content()
 }

@@ -6,7 +6,8 @@
 //! The result is KTAP on standard output.
 //!
 //! Without support of the host, mapping has to fail, and all that comes before and after is
-//! tested. With it (`--host`), mapping itself is.
+//! tested. With it (`--host`), mapping itself is. A module that has a host of its own built in
+//! (`src/fake.rs`) shows what becomes of its records when pages are mapped, and when the host refuses.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -14,6 +15,7 @@ use harness::{Options, Test};
 
 mod arguments;
 mod counters;
+mod fake;
 mod harness;
 mod host;
 mod lifetime;
@@ -23,6 +25,8 @@ mod mapping;
 mod memory;
 mod ownership;
 mod races;
+mod records;
+mod refusal;
 mod sys;
 
 /// Process exit status for "nothing was tested", as kselftest has it.
@@ -49,6 +53,8 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         ownership::TESTS,
         lifetime::TESTS,
         races::TESTS,
+        records::TESTS,
+        refusal::TESTS,
         mapped::TESTS,
     ]
     .into_iter()

@@ -1,10 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0 OR MIT
 #
-# kvmmem.sh FLAVOUR [HOST-PORT]: runs in the lab, with KVM loaded.  Tests kvmmem.ko in a guest of
-# QEMU, as KTAP.  HOST-PORT is a UNIX socket at which somebody listens who speaks
-# for the host as tools/kvmmem-test/src/host.rs says; without it, the host is one
-# that knows nothing of mapping.
+# kvmmem.sh FLAVOUR [SOCKET|'' [OPTION]…]: runs in the lab, with KVM loaded.
+# Tests kvmmem.ko in a guest of QEMU, as KTAP; the options are kvmmem_test's, and no
+# word of them has a space in it.  At SOCKET somebody listens who speaks for
+# the host as tools/kvmmem-test/src/host.rs says; without it, the host knows
+# nothing of mapping.
 
 set -u
 FLAVOUR=$1 host=${2:-}
@@ -35,22 +36,46 @@ chmod 755 $dir/init
 (cd $dir && find . | cpio -o -H newc --quiet) >/tmp/kvmmem.cpio
 rm -r $dir
 
+[ $# -lt 2 ] || shift
+shift
+options="$*"
 set -- # the port to the host
 [ -z "$host" ] || set -- -chardev "socket,id=host,path=$host" -device virtserialport,chardev=host,name=kvmmem.host
 qemu-system-x86_64 -name kvmmem -accel kvm -cpu qemu64 -smp 2 -m $memory -display none -nodefaults \
 	-no-reboot -serial file:$console -kernel "$KERNEL/bzImage" -initrd /tmp/kvmmem.cpio \
 	-device virtio-serial-pci -chardev file,id=out,path=$out \
 	-device virtserialport,chardev=out,name=kvmmem.out "$@" \
-	-append "console=ttyS0 loglevel=5 panic=-1 oops=panic" 2>/tmp/kvmmem.err ||
+	-append "console=ttyS0 loglevel=5 panic=-1 oops=panic -- $options" 2>/tmp/kvmmem.err ||
 	bail "QEMU ended with an error"
 grep -q '^1\.\.' $out || bail "the guest went down"
 sed '/^1\.\.[0-9]*$/d' $out
 count=$(grep -c '^\(not \)\?ok ' $out)
 
-if grep -aE 'BUG:|WARNING:|Oops|lockup|stall|possible .* detected|INFO: task' $console | sed 's/^/# /' | grep .; then
-	echo "not ok $((count + 1)) the guest's kernel logged no report"
-else
-	echo "ok $((count + 1)) the guest's kernel logged no report"
+# result "ok"|"not ok" NAME
+result() {
+	count=$((count + 1))
+	echo "$1 $count $2"
+	[ "$1" = ok ] || failed=1
+}
+
+failed=0
+! grep -q '^ *not ok' $out || failed=1
+# The lab itself is a machine without KVM below, unless the real machine has one.
+if [ -z "$host" ]; then
+	if insmod "$MODULE" 2>/tmp/kvmmem.err; then
+		rmmod kvmmem
+		result ok "load kvmmem without KVM # SKIP this is a guest of KVM"
+	elif grep -q 'No such device' /tmp/kvmmem.err; then
+		result ok "load kvmmem without KVM"
+	else
+		sed 's/^/# /' /tmp/kvmmem.err
+		result "not ok" "load kvmmem without KVM"
+	fi
 fi
-echo "1..$((count + 1))"
-! grep -q '^ *not ok' $out
+if grep -aE 'BUG:|WARNING:|Oops|lockup|stall|possible .* detected|INFO: task' $console | sed 's/^/# /' | grep .; then
+	result "not ok" "the guest's kernel logged no report"
+else
+	result ok "the guest's kernel logged no report"
+fi
+echo "1..$count"
+exit $failed

@@ -88,12 +88,18 @@ selftests() {
 	done <tools/lab/guest/selftests
 }
 
-# provider_test NAME [OPTION]…: its output is KTAP itself and becomes a test with
-# subtests.
+# provider_test NAME [OPTION]…
 provider_test() {
 	name=$1
 	shift
-	{ timeout -k 5 $((limit * 10)) "$BIN/kvmi_test" "$@" 2>&1 </dev/null; echo $? >/tmp/status; } |
+	subtests "$name" "$BIN/kvmi_test" "$@"
+}
+
+# subtests NAME COMMAND…: its output is KTAP itself and becomes a test with subtests.
+subtests() {
+	name=$1
+	shift
+	{ timeout -k 5 $((limit * 10)) "$@" 2>&1 </dev/null; echo $? >/tmp/status; } |
 		while IFS= read -r line; do echo "  $line"; done
 	case $(cat /tmp/status) in
 	0) result ok "$name" ;;
@@ -135,7 +141,10 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 	provider_test kvmi_test $pace $areas
 	selftests "with kvmi_host"
 	# It takes a QEMU on the host, and patience on a debug kernel.
-	[ $VENDOR-"$FLAVOUR" != amd-lab ] || check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
+	if [ $VENDOR-"$FLAVOUR" = amd-lab ]; then
+		check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
+		subtests "kvmmem in a guest" sh tools/lab/guest/kvmmem.sh "$FLAVOUR"
+	fi
 	case $VENDOR in
 	amd) again "shadow paging" npt=0 ;;
 	intel)
@@ -154,4 +163,10 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 fi
 check "switch swap off" swapoff /dev/ram0
 check "unload KVM" unload_kvm
+case $FLAVOUR-$VENDOR in
+debug-amd) rounds=20 ;;
+*) rounds=200 ;;
+esac
+[ $VENDOR != amd ] ||
+	subtests "kvmmem with a host built in" sh tools/lab/guest/kvmmem-fakehost.sh "$FLAVOUR" --rounds $rounds
 echo "1..$count"

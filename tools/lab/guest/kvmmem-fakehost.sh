@@ -1,0 +1,40 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0 OR MIT
+#
+# kvmmem-fakehost.sh FLAVOUR [OPTION]…: runs in the lab.  Tests kvmmem.ko with a host
+# of its own built in, as KTAP; the options are kvmmem_test's.  It takes no guest, so
+# that the checks of the debug kernel are for it, too.
+
+set -u
+FLAVOUR=$1
+shift
+. tools/lab/guest/common.sh
+
+count=0
+
+# check NAME COMMAND…
+check() {
+	name=$1
+	shift
+	count=$((count + 1))
+	if "$@" >/tmp/kvmmem.log 2>&1; then
+		echo "ok $count $name"
+	else
+		sed 's/^/# /' /tmp/kvmmem.log
+		echo "not ok $count $name"
+		status=1
+	fi
+}
+
+# Pages that this host has refused to unmap are lost for good.
+nothing_left() { ! grep -v -e ' 0$' -e '^quarantined ' /sys/kernel/debug/kvmmem/counters; }
+
+status=0
+echo "KTAP version 1"
+check "load kvmmem" insmod "build/modules/$FLAVOUR-fakehost/kvmmem.ko"
+{ "$BIN/kvmmem_test" "$@"; echo $? >/tmp/kvmmem.status; } | sed 's/^/  /'
+check "kvmmem_test" [ "$(cat /tmp/kvmmem.status)" = 0 ]
+check "nothing is left in kvmmem" nothing_left
+check "unload kvmmem" rmmod kvmmem
+echo "1..$count"
+exit $status
