@@ -1,11 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0 OR MIT
 #
-# kvmmem.sh FLAVOUR [SOCKET|'' [OPTION]…]: runs in the lab, with KVM loaded.
+# kvmmem.sh FLAVOUR [host|'' [OPTION]…]: runs in the lab, with KVM loaded.
 # Tests kvmmem.ko in a guest of QEMU, as KTAP; the options are kvmmem_test's, and no
-# word of them has a space in it.  At SOCKET somebody listens who speaks for
-# the host as tools/kvmmem-test/src/host.rs says; without it, the host knows
-# nothing of mapping.
+# word of them has a space in it.  With "host", for which kvmi_host is loaded, the
+# guest's VM is an introspector, and its pages those of a VM of kvmmem_host;
+# without, the host knows nothing of mapping.
 
 set -u
 FLAVOUR=$1 host=${2:-}
@@ -27,6 +27,7 @@ bail() {
 
 : >$console
 : >$out
+: >/tmp/kvmmem.err
 rm -rf $dir
 mkdir -p $dir/bin $dir/dev $dir/proc $dir/sys
 cp "$(command -v busybox)" $dir/bin/busybox
@@ -40,13 +41,32 @@ rm -r $dir
 shift
 options="$*"
 set -- # the port to the host
-[ -z "$host" ] || set -- -chardev "socket,id=host,path=$host" -device virtserialport,chardev=host,name=kvmmem.host
+if [ -n "$host" ]; then
+	socket=/tmp/kvmmem.socket
+	rm -f $socket
+	"$BIN/kvmmem_host" $socket 2>/tmp/kvmmem.err &
+	server=$!
+	trap 'kill $server 2>/dev/null' EXIT
+	for _ in $(seq 30); do
+		[ ! -S $socket ] || break
+		kill -0 $server || bail "there is no target"
+		sleep 1
+	done
+	set -- -chardev "socket,id=host,path=$socket" -device virtserialport,chardev=host,name=kvmmem.host
+fi
 qemu-system-x86_64 -name kvmmem -accel kvm -cpu qemu64 -smp 2 -m $memory -display none -nodefaults \
 	-no-reboot -serial file:$console -kernel "$KERNEL/bzImage" -initrd /tmp/kvmmem.cpio \
 	-device virtio-serial-pci -chardev file,id=out,path=$out \
 	-device virtserialport,chardev=out,name=kvmmem.out "$@" \
-	-append "console=ttyS0 loglevel=5 panic=-1 oops=panic -- $options" 2>/tmp/kvmmem.err ||
-	bail "QEMU ended with an error"
+	-append "console=ttyS0 loglevel=5 panic=-1 oops=panic -- $options" 2>>/tmp/kvmmem.err &
+qemu=$!
+# The guest takes longer to boot than its VM to be there.
+for _ in $(seq 30); do
+	[ -n "$host" ] || break
+	! "$BIN/kvmictl" introspector --pid $qemu --on >/tmp/kvmmem.introspector 2>&1 || break
+	sleep 1
+done
+wait $qemu || bail "QEMU ended with an error"
 grep -q '^1\.\.' $out || bail "the guest went down"
 sed '/^1\.\.[0-9]*$/d' $out
 count=$(grep -c '^\(not \)\?ok ' $out)

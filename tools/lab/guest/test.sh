@@ -144,6 +144,7 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 	if [ $VENDOR-"$FLAVOUR" = amd-lab ]; then
 		check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
 		subtests "kvmmem in a guest" sh tools/lab/guest/kvmmem.sh "$FLAVOUR"
+		subtests "kvmmem in an introspector" sh tools/lab/guest/kvmmem.sh "$FLAVOUR" host
 	fi
 	case $VENDOR in
 	amd) again "shadow paging" npt=0 ;;
