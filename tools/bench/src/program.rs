@@ -28,6 +28,8 @@ pub enum Program {
     CpuidOut(u32),
     /// Writes to so many pages from this address on and then to a port, again and again.
     TouchOut(u32, u64),
+    /// Reads so many pages from this address on and then writes to a port, again and again.
+    ReadOut(u32, u64),
     /// Writes to [`TARGET`] so often and then to a port, again and again.
     WriteOut(u32),
     /// Writes to [`TARGET`] and counts, with a PAUSE.
@@ -58,6 +60,15 @@ impl Program {
                 0x44, 0x89, 0xc6, 0x4c, 0x89, 0xca, 0x85, 0xf6, 0x74, 0x09, 0x88, 0x02, 0x4c, 0x01,
                 0xd2, 0xff, 0xce, 0x75, 0xf7, 0xe6, 0x10, 0xeb, 0xe9,
             ],
+            // 1: mov %r8d, %esi; mov %r9, %rdx; shl $6, %esi; jz 3f
+            // 2: movaps (%rdx), %xmm0; movaps 16(%rdx), %xmm1; movaps 32(%rdx), %xmm2
+            //    movaps 48(%rdx), %xmm3; add $64, %rdx; dec %esi; jnz 2b
+            // 3: out %al, $0x10; jmp 1b
+            Self::ReadOut(..) => &[
+                0x44, 0x89, 0xc6, 0x4c, 0x89, 0xca, 0xc1, 0xe6, 0x06, 0x74, 0x17, 0x0f, 0x28, 0x02,
+                0x0f, 0x28, 0x4a, 0x10, 0x0f, 0x28, 0x52, 0x20, 0x0f, 0x28, 0x5a, 0x30, 0x48, 0x83,
+                0xc2, 0x40, 0xff, 0xce, 0x75, 0xe9, 0xe6, 0x10, 0xeb, 0xda,
+            ],
             // 1: mov %al, (%r9); incl (%rbx); pause; jmp 1b
             Self::WriteCount => &[0x41, 0x88, 0x01, 0xff, 0x03, 0xf3, 0x90, 0xeb, 0xf7],
             // 1: mov %r8d, %esi; mov %r9, %r11
@@ -80,6 +91,7 @@ impl Program {
             Self::Halt | Self::Count => (0, 0, 0),
             Self::CpuidOut(cpuids) => (cpuids, 0, 0),
             Self::TouchOut(pages, from) => (pages, from, PAGE as u64),
+            Self::ReadOut(pages, from) => (pages, from, 0),
             Self::WorkOut(writes, from) => (writes, from, PAGE as u64 / 4),
             Self::WriteOut(writes) => (writes, TARGET, 0),
             Self::WriteCount => (0, TARGET, 0),

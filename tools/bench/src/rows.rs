@@ -7,6 +7,7 @@ pub mod command;
 pub mod exit;
 pub mod fault;
 pub mod floor;
+pub mod mapping;
 mod message;
 pub mod pause;
 pub mod violation;
@@ -96,6 +97,7 @@ pub fn all() -> impl Iterator<Item = &'static Row> {
         pause::ROWS,
         access::ROWS,
         violation::ROWS,
+        mapping::ROWS,
     ]
     .into_iter()
     .flatten()

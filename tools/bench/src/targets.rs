@@ -8,7 +8,7 @@ use crate::{
     figure::Setting,
     footprint,
     report::Figures,
-    rows::{command, exit, fault, floor, pause},
+    rows::{command, exit, fault, floor, mapping, pause},
 };
 
 /// A ratio that has a limit.
@@ -70,6 +70,21 @@ const TARGETS: &[Target] = &[
         ratio: |figures| guest(figures, fault::FAULTING_2K, fault::FAULTING),
     },
     Target {
+        what: "reading mapped memory : own memory",
+        limit: 1.05,
+        ratio: |figures| hooked(figures, mapping::MAPPED, mapping::OWN),
+    },
+    Target {
+        what: "40 times reading a mapped page : READ_PHYSICAL",
+        limit: 1.0,
+        ratio: |figures| Some(40.0 * hooked(figures, mapping::MAPPED, command::READ_PAGE)?),
+    },
+    Target {
+        what: "5 times mapping one of 256 pages : a single one",
+        limit: 1.0,
+        ratio: |figures| Some(5.0 * hooked(figures, mapping::BULK, mapping::SINGLE)?),
+    },
+    Target {
         what: "bytes per restricted page, 1,000,000 of them",
         limit: 16.0,
         ratio: |figures| figures.bytes(footprint::DENSE),
@@ -84,6 +99,11 @@ fn exits(figures: &Figures, setting: Setting) -> Option<f64> {
 fn round_trip(figures: &Figures, row: &str, floor: &str) -> Option<f64> {
     let cost = |row| figures.instructions(row, Setting::Hooked);
     Some(cost(row)? / (cost(floor)? + cost(exit::CPUID)?))
+}
+
+fn hooked(figures: &Figures, row: &str, other: &str) -> Option<f64> {
+    let cost = |row| figures.instructions(row, Setting::Hooked);
+    Some(cost(row)? / cost(other)?)
 }
 
 /// What a guest does when it is hooked, compared with something that it does when it is not.

@@ -22,6 +22,7 @@ use crate::{
 };
 
 pub const GET_REGISTERS: &str = "GET_REGISTERS, vCPU running";
+pub const READ_PAGE: &str = "READ_PHYSICAL, 4 KiB";
 
 /// The rows of this file.
 pub const ROWS: &[Row] = &[
@@ -32,7 +33,7 @@ pub const ROWS: &[Row] = &[
     Row::hooked("READ_PHYSICAL, 8 B", |bench| {
         of_vm(bench, &Exchange::read_physical(8))
     }),
-    Row::hooked("READ_PHYSICAL, 4 KiB", |bench| {
+    Row::hooked(READ_PAGE, |bench| {
         of_vm(bench, &Exchange::read_physical(4096))
     }),
     Row::hooked("GET_REGISTERS, vCPU halted", |bench| {
