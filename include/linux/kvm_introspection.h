@@ -125,9 +125,6 @@ struct kvmi_page_map {
 	u64 target_gfn;
 };
 
-/* How many pages of other VMs can be mapped at once. */
-#define KVMI_MAP_BATCH	32
-
 /**
  * struct kvmi_hypercall - a guest calls the hypervisor
  * @nr: number of the call

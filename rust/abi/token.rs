@@ -195,15 +195,12 @@ impl TokenTable {
 
     /// Ends what has become too old. Returns when that has to be done again, if ever.
     pub fn expire(&mut self, now: u64) -> Option<u64> {
-        let issued = self
-            .slots
-            .iter_mut()
-            .filter(|slot| slot.state == State::Issued);
         let mut next = None;
-        for slot in issued {
-            if slot.deadline <= now {
+        for slot in self.slots.iter_mut().filter(|s| s.state != State::Free) {
+            // One that is being used may be taken back, and has to be looked at again.
+            if slot.deadline <= now && slot.state == State::Issued {
                 slot.free();
-            } else {
+            } else if slot.deadline > now {
                 next = Some(next.map_or(slot.deadline, |next| slot.deadline.min(next)));
             }
         }
@@ -278,6 +275,20 @@ mod tests {
         assert_eq!(table.present(&token(1), LIFETIME_NS + 5), None);
         assert_eq!(table.expire(LIFETIME_NS + 5), Some(LIFETIME_NS + 7));
         assert_eq!(table.expire(LIFETIME_NS + 7), None);
+    }
+
+    #[test]
+    fn token_that_is_being_used_is_looked_at_when_its_time_is_over() {
+        let mut table = TokenTable::new();
+        table.issue(token(1), true, 5).unwrap();
+        let presented = table.present(&token(1), 6).unwrap();
+        assert_eq!(table.expire(7), Some(LIFETIME_NS + 5));
+        assert_eq!(table.expire(LIFETIME_NS + 5), None);
+        table.take_back(presented, LIFETIME_NS + 6);
+        assert_eq!(table.expire(LIFETIME_NS + 6), None);
+        for seed in 2..10 {
+            assert_eq!(table.issue(token(seed), true, LIFETIME_NS + 7), Ok(()));
+        }
     }
 
     #[test]

@@ -25,6 +25,7 @@ use kvmi_abi::{
     },
     token::MapToken,
     vcpu::GPA_UNMAPPED,
+    Command,
     KvmiError, //
 };
 use zerocopy::{
@@ -167,7 +168,9 @@ impl Introspector {
         let found = registry::find_token(&token);
         token.wipe();
         let (session, in_use) = found.ok_or(KvmiError::NoEnt)?;
-        vcpu.map(session.vm(), pages, in_use.writable, || in_use.is_in_force())?;
+        vcpu.map(session.vm(), pages, in_use.writable, || {
+            in_use.is_in_force() && session.policy().allows_command(Command::VmGetMapToken)
+        })?;
         in_use.consume();
         Ok(0)
     }

@@ -16,10 +16,7 @@ use kvmi_bindings as bindings;
 
 use super::{
     vcpu::CurrentVcpu,
-    vm::{
-        AttachedVm,
-        Vm, //
-    }, //
+    vm::AttachedVm, //
 };
 
 /// Which page stands for which page of the target, as kvm.ko takes it.
@@ -85,9 +82,6 @@ impl From<Error> for MapError {
     }
 }
 
-/// How many pages kvm.ko takes at once.
-const BATCH: usize = bindings::KVMI_MAP_BATCH as usize;
-
 impl CurrentVcpu {
     /// Has this vCPU's guest see pages of `target` in place of its own, all of them or none. May
     /// sleep.
@@ -101,72 +95,38 @@ impl CurrentVcpu {
         writable: bool,
         in_force: impl FnOnce() -> bool,
     ) -> Result<(), MapError> {
+        let count = u32::try_from(pages.len()).map_err(|_| KvmiError::TooBig)?;
         let mapped = target.with_lender(|target| {
-            if in_force() {
-                self.map_all(target, pages, writable)
-            } else {
-                Err(KvmiError::NoEnt.into())
+            if !in_force() {
+                return Err(KvmiError::NoEnt.into());
             }
+            // SAFETY: By the type invariant this is the vCPU's thread in a callback; `target` is
+            // attached as long as this runs; `pages` has `count` transparent wrappers of
+            // `kvmi_page_map`.
+            to_result(unsafe {
+                bindings::kvmi_vcpu_map(
+                    self.as_ptr(),
+                    target.as_ptr(),
+                    pages.as_ptr().cast(),
+                    count,
+                    writable,
+                )
+            })?;
+            Ok(())
         });
         // A session that ends takes its tokens with it.
         mapped.unwrap_or(Err(KvmiError::NoEnt.into()))
     }
 
-    fn map_all(&self, target: &Vm, pages: &[PageMap], writable: bool) -> Result<(), MapError> {
-        for (nth, batch) in pages.chunks(BATCH).enumerate() {
-            if let Err(error) = self.map_batch(target, batch, writable) {
-                for batch in pages.chunks(BATCH).take(nth) {
-                    self.unmap_batch(batch.iter().map(|page| page.0.gfn));
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    fn map_batch(&self, target: &Vm, pages: &[PageMap], writable: bool) -> Result<(), MapError> {
-        let count = u32::try_from(pages.len()).map_err(|_| KvmiError::TooBig)?;
-        // SAFETY: By the type invariant this is the vCPU's thread in a callback; `target` is
-        // attached as long as it is lent to `map_all()`; `pages` has `count` transparent wrappers
-        // of `kvmi_page_map`.
-        to_result(unsafe {
-            bindings::kvmi_vcpu_map(
-                self.as_ptr(),
-                target.as_ptr(),
-                pages.as_ptr().cast(),
-                count,
-                writable,
-            )
-        })?;
-        Ok(())
-    }
-
     /// Has the guest see its own pages again; returns how many of `gfns` were mapped, from the
     /// first one on, and are not any more. May sleep.
     pub(crate) fn unmap(&self, gfns: &[u64]) -> usize {
-        let mut done = 0;
-        for batch in gfns.chunks(BATCH) {
-            let unmapped = self.unmap_batch(batch.iter().copied());
-            done += unmapped;
-            if unmapped < batch.len() {
-                break;
-            }
-        }
-        done
-    }
-
-    /// The same for [`BATCH`] pages at most.
-    fn unmap_batch(&self, gfns: impl Iterator<Item = u64>) -> usize {
-        let mut batch = [0; BATCH];
-        let mut count = 0;
-        for (slot, gfn) in batch.iter_mut().zip(gfns) {
-            *slot = gfn;
-            count += 1;
-        }
-        // SAFETY: By the type invariant this is the vCPU's thread in a callback; `batch` has at
+        // What does not fit is not unmapped, and the caller is told so.
+        let count = u32::try_from(gfns.len()).unwrap_or(u32::MAX);
+        // SAFETY: By the type invariant this is the vCPU's thread in a callback; `gfns` has at
         // least `count` numbers.
-        let done = unsafe { bindings::kvmi_vcpu_unmap(self.as_ptr(), batch.as_ptr(), count) };
-        // Lossless: at most `BATCH`.
+        let done = unsafe { bindings::kvmi_vcpu_unmap(self.as_ptr(), gfns.as_ptr(), count) };
+        // Lossless: at most as many as there are.
         done as usize
     }
 }

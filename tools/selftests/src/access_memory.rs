@@ -17,7 +17,7 @@ use crate::{
     access_tool::{add_code, emit, expect_accesses, CODE, NEXT, TARGET},
     harness::{note, skip, test, Ctx, Test},
     memory::Memory,
-    util::wait_for,
+    util::{expect_swap, wait_for},
     vm::{TestVm, MEMORY, PAGE},
 };
 
@@ -108,10 +108,7 @@ fn restriction_survives_the_loss_of_its_page(_: &Ctx) {
 }
 
 fn restriction_survives_swapping(_: &Ctx) {
-    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    if swaps.lines().count() < 2 {
-        skip("the host has no swap");
-    }
+    expect_swap();
     let mut vm = TestVm::new();
     let mut vcpu = add_code(&mut vm, CODE, |code| {
         for _ in 1..=3 {

@@ -14,7 +14,7 @@ use crate::{
         PAGE_OF_TARGET, WINDOW,
     },
     memory::Memory,
-    util::wait_for,
+    util::{expect_swap, wait_for},
     vm::{TestVm, PAGE},
 };
 
@@ -27,9 +27,12 @@ pub const TESTS: &[Test] = &[
     test!(page_that_is_read_only_cannot_be_written_to),
     test!(many_pages_are_mapped_by_one_token_or_none),
     test!(mapping_follows_the_memory_of_the_target),
+    test!(page_that_is_swapped_out_can_be_mapped),
+    test!(mapping_is_lost_when_the_target_may_not_write_itself),
     test!(mappings_end_with_the_session),
     test!(mappings_end_with_the_target),
     test!(mappings_end_with_the_introspector),
+    test!(mappings_end_with_a_reset_of_the_guest),
     test!(mappings_end_with_a_memory_slot_of_either_vm),
     test!(writes_are_in_the_dirty_log_of_the_target),
     test!(restrictions_of_the_target_are_not_the_introspectors),
@@ -170,6 +173,40 @@ fn mapping_follows_the_memory_of_the_target(_: &Ctx) {
     }
 }
 
+fn page_that_is_swapped_out_can_be_mapped(_: &Ctx) {
+    expect_swap();
+    let (target, mut tool, mut introspector) = scene();
+    for _ in 0..3 {
+        wait_for("the page is swapped out", || {
+            target.memory.swap_out();
+            target.memory.is_swapped_out(PAGE_OF_TARGET)
+        });
+        map(&mut tool, &mut introspector);
+        wait_for("the page is swapped out while it is mapped", || {
+            target.memory.swap_out();
+            target.memory.is_swapped_out(PAGE_OF_TARGET)
+        });
+        assert_eq!(introspector.load(WINDOW), PAGE_OF_TARGET);
+        assert_eq!(introspector.unmap(WINDOW), 0);
+    }
+}
+
+fn mapping_is_lost_when_the_target_may_not_write_itself(_: &Ctx) {
+    let (target, mut tool, mut introspector) = scene();
+    map(&mut tool, &mut introspector);
+    target.memory.allow_writes(false);
+    assert_eq!(introspector.load(WINDOW), PAGE_OF_TARGET);
+    introspector.store(WINDOW + 8, 5);
+    assert_eq!(introspector.load(WINDOW), !WINDOW, "it is its own page");
+    target.memory.allow_writes(true);
+    assert_eq!(number(&target, PAGE_OF_TARGET + 8), 0);
+    assert_eq!(number(&introspector.vm, WINDOW + 8), 5);
+    // For good: it has to be mapped anew.
+    assert_eq!(introspector.load(WINDOW), !WINDOW);
+    assert_eq!(introspector.unmap(WINDOW), 0);
+    map(&mut tool, &mut introspector);
+}
+
 fn mappings_end_with_the_session(_: &Ctx) {
     let (target, mut tool, mut introspector) = scene();
     map(&mut tool, &mut introspector);
@@ -204,6 +241,26 @@ fn mappings_end_with_the_introspector(_: &Ctx) {
     assert_eq!(number(&target, PAGE_OF_TARGET), PAGE_OF_TARGET);
     let mut introspector = Introspector::new();
     map(&mut tool, &mut introspector);
+}
+
+fn mappings_end_with_a_reset_of_the_guest(_: &Ctx) {
+    const PG: u64 = 1 << 31;
+    const LMA: u64 = 1 << 10;
+    let (target, mut tool, mut introspector) = scene();
+    map(&mut tool, &mut introspector);
+    introspector.vcpu.with(|fd| {
+        let before = fd.get_sregs().expect("KVM_GET_SREGS");
+        let mut reset = before;
+        reset.cr0 &= !PG;
+        reset.efer &= !LMA;
+        reset.cs.l = 0;
+        fd.set_sregs(&reset).expect("KVM_SET_SREGS");
+        fd.set_sregs(&before).expect("KVM_SET_SREGS");
+    });
+    assert_eq!(introspector.load(WINDOW), !WINDOW);
+    introspector.store(WINDOW, 1);
+    assert_eq!(number(&target, PAGE_OF_TARGET), PAGE_OF_TARGET);
+    assert_eq!(introspector.unmap(WINDOW), ENOENT);
 }
 
 fn mappings_end_with_a_memory_slot_of_either_vm(_: &Ctx) {

@@ -30,6 +30,7 @@ const AREA: &str = "mapping_stress";
 /// The tests of this file.
 pub const TESTS: &[Test] = &[
     test!(both_guests_count_exactly_while_the_memory_moves).long(),
+    test!(writes_go_to_one_of_both_pages_while_it_is_mapped_and_unmapped).long(),
     test!(ten_thousand_mappings).long(),
     test!(four_thousand_pages_at_a_time).long(),
     test!(mappings_may_race_with_the_end_of_sessions_and_slots).long(),
@@ -92,6 +93,33 @@ fn both_guests_count_exactly_while_the_memory_moves(ctx: &Ctx) {
     note!("{collapsed} times there was a huge page");
     assert_eq!(number(&target, PAGE_OF_TARGET + CELL), 2 * rounds);
     assert_eq!(introspector.load(WINDOW + CELL), 2 * rounds);
+}
+
+fn writes_go_to_one_of_both_pages_while_it_is_mapped_and_unmapped(ctx: &Ctx) {
+    let rounds = 200_000 * ctx.rounds(10) as u64;
+    let target = TestVm::new();
+    let mut introspector = Introspector::new();
+    let mut writer = add_code(&mut introspector.vm, CODE + 0x1000, |code| {
+        counting(code, WINDOW + CELL, rounds);
+    });
+    let mut tool = target.hook_allowing_all();
+    writer.run_through();
+    let mut done = 0;
+    while number(&introspector.vm, WINDOW + CELL) + number(&target, PAGE_OF_TARGET + CELL) < rounds
+    {
+        let mapped = introspector.map_page(&mut tool, PAGE_OF_TARGET, WINDOW);
+        assert_eq!(mapped, 0);
+        introspector.load(WINDOW);
+        assert_eq!(introspector.unmap(WINDOW), 0);
+        done += 1;
+    }
+    assert_eq!(writer.exit(), Exit::Out(0x10));
+    note!("{done} times mapped and unmapped");
+    let (own, other) = (
+        number(&introspector.vm, WINDOW + CELL),
+        number(&target, PAGE_OF_TARGET + CELL),
+    );
+    assert_eq!(own + other, rounds, "{own} and {other}");
 }
 
 fn ten_thousand_mappings(ctx: &Ctx) {

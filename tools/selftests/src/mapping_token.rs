@@ -19,6 +19,7 @@ use crate::{
         PAGE_OF_TARGET, TOKEN, WINDOW,
     },
     memory::Memory,
+    role::Vmm,
     sys,
     tool::Tool,
     util::wait_for,
@@ -39,6 +40,7 @@ pub const TESTS: &[Test] = &[
     test!(only_a_kernel_may_map),
     test!(only_an_introspector_may_map),
     test!(introspector_is_not_introspected),
+    test!(target_that_is_dead_lends_nothing).destructive(),
 ];
 
 fn token_is_good_for_one_mapping(_: &Ctx) {
@@ -214,4 +216,18 @@ fn introspector_is_not_introspected(_: &Ctx) {
     assert_eq!(refused, Err(Errno::EXIST));
     let refused = sys::introspector(sys::open_dev(), target.raw_fd(), 1);
     assert_eq!(refused, Err(Errno::EXIST));
+}
+
+fn target_that_is_dead_lends_nothing(_: &Ctx) {
+    let mut introspector = Introspector::new();
+    let mut vmm = Vmm::start(1, 0);
+    let mut tool = Tool::new();
+    let dev = sys::open_dev();
+    sys::allow_all(&dev);
+    sys::attach(&dev, vmm.vm_fd(), tool.vmm_fd()).expect("the VM can be attached");
+    // Its VM is still there, as there is a descriptor of it here.
+    vmm.process.kill();
+    let mapped = introspector.map_page(&mut tool, PAGE_OF_TARGET, WINDOW);
+    assert_eq!(mapped, ENOENT);
+    assert_eq!(introspector.load(WINDOW), 0);
 }

@@ -32,6 +32,14 @@ pub fn shortly() -> Duration {
     scaled(Duration::from_secs(2))
 }
 
+/// Skips the test if the host cannot swap.
+pub fn expect_swap() {
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    if swaps.lines().count() < 2 {
+        crate::harness::skip("the host has no swap");
+    }
+}
+
 /// Waits until `condition` holds; fails the test if it does not within [`soon`].
 #[track_caller]
 pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {

@@ -155,6 +155,15 @@ impl Memory {
         }
     }
 
+    /// Takes the right to write to it, or gives it back. Nobody may write to it meanwhile.
+    pub fn allow_writes(&self, allow: bool) {
+        let mut access = MprotectFlags::READ;
+        access.set(MprotectFlags::WRITE, allow);
+        // SAFETY: the mapping is ours; whoever writes to it all the same gets a signal.
+        let set = unsafe { mprotect(self.start.as_ptr().cast(), self.len, access) };
+        set.expect("memory can be protected");
+    }
+
     /// Copies bytes out.
     pub fn read(&self, offset: u64, len: usize) -> Vec<u8> {
         let bytes = self.bytes(offset, len).iter();
