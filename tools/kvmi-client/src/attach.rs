@@ -196,11 +196,17 @@ impl Attachment {
         target: &Target,
         device: Device,
     ) -> Result<(Self, Connection<UnixStream>), AttachError> {
+        let (attachment, socket) = Self::socket_to(target, device)?;
+        Ok((attachment, Connection::new(socket)))
+    }
+
+    /// As [`Self::connect_to`], for those who make the connection of the socket themselves.
+    pub fn socket_to(target: &Target, device: Device) -> Result<(Self, UnixStream), AttachError> {
         let (ours, hosts) =
             UnixStream::pair().map_err(|error| AttachError::system("make a socket", error))?;
         device.allow_all_commands()?;
         device.allow_all_events()?;
-        Ok((target.attach(device, hosts)?, Connection::new(ours)))
+        Ok((target.attach(device, hosts)?, ours))
     }
 
     /// Tells the tool that the VM is about to be unhooked; gives `false` if it cannot be told, or

@@ -25,6 +25,8 @@
 //!
 //! A connection is for one thread; [`Connection::share`] makes more of it.
 //!
+//! A tool that runs in a VM of its own can map the memory that it looks at: see [`mapped`].
+//!
 //! Commands of a vCPU take its index, from 0 on. [`Connection::pause_all`] stops all vCPUs for as
 //! long as what it returns lives.
 //!
@@ -47,6 +49,7 @@ mod event;
 mod hub;
 mod io;
 mod link;
+pub mod mapped;
 mod memory;
 mod page_tables;
 mod paused;
