@@ -2,18 +2,15 @@
 
 //! `kvmictl attach`: the part of a VMM that knows introspection.
 
-use std::{
-    fs,
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::net::UnixStream,
-    },
+use std::os::{
+    fd::{AsFd as _, OwnedFd},
+    unix::net::UnixStream,
 };
 
 use anyhow::{Context as _, Result};
 use kvmi_client::{
     abi::handshake::VmmHello, attach::Target, device::Device, discover::Vmm, vmm::handshake,
-    AttachError, Cookie,
+    AttachError,
 };
 use serde_json::json;
 use vsock::VsockStream;
@@ -21,6 +18,7 @@ use vsock::VsockStream;
 use crate::{
     allow::Allowed,
     cli::{Attach, Tool},
+    listen::read_cookie,
     output::{plain, Output},
     problem::Problem,
     select,
@@ -29,12 +27,7 @@ use crate::{
 
 /// Hooks a VM to a tool and stays until one of them has enough.
 pub fn run(arguments: &Attach, output: &mut Output) -> Result<()> {
-    let cookie = arguments.cookie_file.as_deref().map(|file| {
-        let secret = fs::read(file);
-        let secret = secret.with_context(|| format!("cannot read {}", file.display()))?;
-        anyhow::Ok(Cookie::of_secret(&secret))
-    });
-    let cookie = cookie.transpose()?;
+    let cookie = read_cookie(arguments.cookie_file.as_deref())?;
     let (vmm, target) = select::target(&arguments.vm)?;
     let device = Device::open()?;
     let max_gpa = target.status(&device)?.max_gpa;
@@ -50,7 +43,7 @@ pub fn run(arguments: &Attach, output: &mut Output) -> Result<()> {
     )
     .context("the handshake with the tool failed")?;
 
-    let waiter = Waiter::new(&target, socket.as_fd())?;
+    let waiter = Waiter::new(Some(&target), socket.as_fd())?;
     allow(&device, arguments)?;
     let attachment = target.attach(device, &socket)?;
     announce(&vmm, &target, arguments, output)?;

@@ -13,6 +13,7 @@ use kvmi_client::{Command as Kvmi, EventId, Uuid};
 use crate::{
     address::Address,
     allow::{self, Allowed},
+    listen::Listen,
     number,
 };
 
@@ -132,6 +133,31 @@ pub struct Selector {
     pub vm_fd: Option<i32>,
 }
 
+/// Which VM, and how to get to it.
+#[derive(Args, Clone, Debug, Default)]
+#[group(skip)]
+pub struct Reach {
+    #[command(flatten)]
+    pub vm: Selector,
+    /// One that the host offers: wait until it does so (kvmictl attach) at this port or UNIX socket.
+    #[arg(
+        long,
+        value_name = "vsock:PORT|PATH",
+        group = "vm",
+        conflicts_with = "vm_fd",
+        help_heading = "Which VM"
+    )]
+    pub listen: Option<Listen>,
+    /// File with the secret that the host wants this tool to know; a line feed at its end counts.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "listen",
+        help_heading = "Which VM"
+    )]
+    pub tool_cookie_file: Option<PathBuf>,
+}
+
 /// Where the names of the guest's kernel come from.
 #[derive(Args, Clone, Debug, Default)]
 #[group(skip)]
@@ -190,7 +216,7 @@ pub enum Format {
 #[derive(Args, Debug)]
 pub struct Read {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// First guest physical address, such as 0x100000 or 1M; with --virtual also a symbol.
     pub address: Address,
     /// Number of bytes, such as 64, 0x40 or 4K.
@@ -213,7 +239,7 @@ pub struct Read {
 #[derive(Args, Debug)]
 pub struct Write {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// First guest physical address, such as 0x100000 or 1M.
     #[arg(value_parser = number::parse)]
     pub gpa: u64,
@@ -256,7 +282,7 @@ pub struct Range {
 #[derive(Args, Debug)]
 pub struct Dump {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// File to write.
     pub file: PathBuf,
     #[command(flatten)]
@@ -267,7 +293,7 @@ pub struct Dump {
 #[derive(Args, Debug)]
 pub struct Find {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// Text to search for.
     pub pattern: String,
     /// The pattern is bytes in hexadecimal, such as "7f 45 4c 46".

@@ -3,7 +3,7 @@
 //! `kvmictl guard` and `kvmictl watch`
 
 use std::{
-    os::unix::net::UnixStream,
+    os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
@@ -74,7 +74,7 @@ pub fn watch(arguments: &cli::Watch, output: &mut Output) -> Result<()> {
 impl Order<'_> {
     fn carry_out(
         &self,
-        vm: &cli::Selector,
+        vm: &cli::Reach,
         symbols: &cli::SymbolFile,
         output: &mut Output,
     ) -> Result<()> {
@@ -85,9 +85,9 @@ impl Order<'_> {
         let mut session = Session::open(vm)?;
         // From here on an interrupt ends the guard rather than the process.
         let waiter = session.watch()?;
-        let pid = session.pid();
+        let subject = session.subject();
         let (mut guard, pages) = self.start(symbols, &mut session)?;
-        let mut report = Report::new(pid, output);
+        let mut report = Report::new(subject, output);
         report.begin(&guard, pages)?;
 
         let outcome = guard.serve(&mut session.vm, &waiter, &mut report);
@@ -160,7 +160,7 @@ struct Guard {
 impl Guard {
     /// Switches the event on on vCPUs where it is not yet: what they are denied would be permitted
     /// silently.
-    fn look_for_vcpus(&mut self, vm: &mut Connection<UnixStream>) -> Result<(), Error> {
+    fn look_for_vcpus(&mut self, vm: &mut Connection<OwnedFd>) -> Result<(), Error> {
         // Indices have 16 bits.
         let count = u16::try_from(vm.get_info()?.vcpu_count).unwrap_or(u16::MAX);
         let new = self.known..count;
@@ -180,7 +180,7 @@ impl Guard {
     /// Replies to events until it is time to stop.
     fn serve(
         &mut self,
-        vm: &mut Connection<UnixStream>,
+        vm: &mut Connection<OwnedFd>,
         waiter: &Waiter,
         report: &mut Report<'_>,
     ) -> Result<End> {
@@ -219,7 +219,7 @@ impl Guard {
 
     fn handle(
         &mut self,
-        vm: &mut Connection<UnixStream>,
+        vm: &mut Connection<OwnedFd>,
         event: &VcpuEvent,
         report: &mut Report<'_>,
     ) -> Result<()> {

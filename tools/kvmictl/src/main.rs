@@ -19,6 +19,7 @@ mod inject;
 mod instruction;
 mod introspector;
 mod list;
+mod listen;
 mod memory;
 mod msr;
 mod number;

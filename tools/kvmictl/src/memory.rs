@@ -60,7 +60,7 @@ pub mod tests {
     use super::*;
     use std::{
         io::{Read as _, Write as _},
-        os::unix::net::UnixStream,
+        os::{fd::OwnedFd, unix::net::UnixStream},
         thread,
     };
 
@@ -73,7 +73,7 @@ pub mod tests {
     /// A VM that sends what `host` makes of each message.
     pub fn with_script<R>(
         mut host: impl FnMut(&Header, &[u8]) -> Vec<u8> + Send,
-        test: impl FnOnce(&mut Connection<UnixStream>) -> R,
+        test: impl FnOnce(&mut Connection<OwnedFd>) -> R,
     ) -> R {
         let (ours, mut hosts) = UnixStream::pair().unwrap();
         thread::scope(|scope| {
@@ -86,7 +86,7 @@ pub mod tests {
                     hosts.write_all(&host(&header, &payload)).unwrap();
                 }
             });
-            test(&mut Connection::new(ours))
+            test(&mut Connection::new(ours.into()))
         })
     }
 
@@ -104,7 +104,7 @@ pub mod tests {
     }
 
     /// A VM with `memory` at 0x1000 and nothing else, which only knows how to be read.
-    pub fn with_vm<R>(memory: &[u8], test: impl FnOnce(&mut Connection<UnixStream>) -> R) -> R {
+    pub fn with_vm<R>(memory: &[u8], test: impl FnOnce(&mut Connection<OwnedFd>) -> R) -> R {
         let host = |header: &Header, payload: &[u8]| {
             let range: GuestRange = zero_extended(payload);
             let start = range.gpa.checked_sub(0x1000).map(|start| start as usize);

@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::{
     cli::Pause,
     output::{hex, Output},
-    session::Session,
+    session::{Session, Subject},
     symbols::Names,
     wait::End,
 };
@@ -20,7 +20,7 @@ use crate::{
 pub fn run(arguments: &Pause, output: &mut Output) -> Result<()> {
     let symbols = Names::load(&arguments.symbols)?;
     let mut session = Session::open(&arguments.vm)?;
-    let pid = session.pid();
+    let subject = session.subject();
     // From here on an interrupt ends the pause rather than the process.
     let waiter = session.watch()?;
     // In a pause of its own, lest it makes the other one longer than asked for.
@@ -31,7 +31,7 @@ pub fn run(arguments: &Pause, output: &mut Output) -> Result<()> {
     session.allow_pause(arguments.duration)?;
     let paused = session.pause()?;
     let begun = Instant::now();
-    announce(pid, paused.vcpus(), paused.dormant(), &names, output)?;
+    announce(&subject, paused.vcpus(), paused.dormant(), &names, output)?;
 
     let end = waiter.wait_as_tool(arguments.duration)?;
     let seconds = begun.elapsed().as_secs_f64();
@@ -43,11 +43,11 @@ pub fn run(arguments: &Pause, output: &mut Output) -> Result<()> {
         paused.resume()?;
         session.close()?;
     }
-    report(pid, end, seconds, output)
+    report(&subject, end, seconds, output)
 }
 
 fn announce(
-    pid: i32,
+    subject: &Subject,
     vcpus: &[VcpuEvent],
     dormant: &[u16],
     names: &Names,
@@ -56,7 +56,7 @@ fn announce(
     if output.is_json() {
         let mut state = json!({
             "state": "paused",
-            "pid": pid,
+            "pid": subject.pid,
             "vcpus": vcpus.len(),
             "dormant": dormant,
         });
@@ -73,7 +73,7 @@ fn announce(
             1 => "1 vCPU".to_owned(),
             vcpus => format!("{vcpus} vCPUs"),
         };
-        let mut line = format!("paused {count} of the VM of process {pid}");
+        let mut line = format!("paused {count} of {subject}");
         if !dormant.is_empty() {
             line += &format!("; {} not started yet", dormant.len());
         }
@@ -87,12 +87,12 @@ fn announce(
     Ok(output.flush()?)
 }
 
-fn report(pid: i32, end: End, seconds: f64, output: &mut Output) -> Result<()> {
+fn report(subject: &Subject, end: End, seconds: f64, output: &mut Output) -> Result<()> {
     let (state, reason) = outcome(end);
     if output.is_json() {
         return Ok(output.json(&json!({
             "state": state,
-            "pid": pid,
+            "pid": subject.pid,
             "reason": reason,
             "seconds": seconds,
         }))?);

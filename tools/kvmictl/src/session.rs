@@ -3,22 +3,23 @@
 //! A VM, hooked for the time of one command.
 
 use std::{
-    io, ops,
-    os::{fd::AsFd as _, unix::net::UnixStream},
+    fmt, io, ops,
+    os::fd::{AsFd as _, OwnedFd},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use kvmi_client::{
-    abi::dev::VmStatus,
     attach::{Attachment, Target},
     device::Device,
     Connection, Paused,
 };
+use serde::Serialize;
 
 use crate::{
-    cli::{Range, Selector},
-    output::gpa,
+    cli::{Range, Reach},
+    listen::{read_cookie, Listen},
+    output::{gpa, plain},
     problem::Problem,
     select,
     wait::Waiter,
@@ -30,87 +31,156 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Guest physical addresses of a memory slot.
 type Slot = ops::Range<u64>;
 
+/// Which VM it is.
+#[derive(Clone, Debug, Serialize)]
+pub struct Subject {
+    /// The process that it belongs to, if that is on this machine.
+    pub pid: Option<i32>,
+    /// What it is called by whoever has hooked it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.pid, &self.name) {
+            (Some(pid), _) => write!(f, "the VM of process {pid}"),
+            (None, Some(name)) => write!(f, "the VM {}", plain(name)),
+            (None, None) => f.write_str("the VM"),
+        }
+    }
+}
+
 /// A hooked VM.
 #[derive(Debug)]
 pub struct Session {
-    /// The connection to it. (Before the attachment: fields are dropped in order.)
-    pub vm: Connection<UnixStream>,
-    /// What it was just before it was hooked.
-    pub status: VmStatus,
-    /// Where it had memory then.
+    /// The connection to it. (Before the hook: fields are dropped in order.)
+    pub vm: Connection<OwnedFd>,
+    subject: Subject,
+    vcpu_count: u32,
+    max_gpa: u64,
+    /// Where it had memory when it was hooked, as far as is known.
     memory: Vec<Slot>,
-    attachment: Attachment,
-    target: Target,
+    /// What hooks it, unless somebody else does.
+    hook: Option<(Attachment, Target)>,
 }
 
 impl Session {
-    /// Hooks the VM that a selector means.
-    pub fn open(selector: &Selector) -> Result<Self> {
-        let (_, target) = select::target(selector)?;
+    /// Hooks a VM of this machine, or waits for somebody to do so with one of another.
+    pub fn open(reach: &Reach) -> Result<Self> {
+        match &reach.listen {
+            None => Self::hook(reach),
+            Some(listen) => {
+                let cookie = read_cookie(reach.tool_cookie_file.as_deref())?;
+                Self::accept(listen, cookie.as_ref())
+            }
+        }
+    }
+
+    fn hook(reach: &Reach) -> Result<Self> {
+        let (_, target) = select::target(&reach.vm)?;
         let device = Device::open()?;
         let status = target.status(&device)?;
         let memory = target.memory(&device)?;
-        let (attachment, vm) = Attachment::connect_to(&target, device)?;
+        let (attachment, socket) = Attachment::socket_to(&target, device)?;
         Ok(Self {
-            vm,
-            status,
+            vm: Connection::new(socket.into()),
+            subject: Subject {
+                pid: Some(target.pid()),
+                name: None,
+            },
+            vcpu_count: status.vcpu_count,
+            max_gpa: status.max_gpa,
             memory,
-            attachment,
-            target,
+            hook: Some((attachment, target)),
         })
     }
 
-    /// The process that the VM belongs to.
-    pub fn pid(&self) -> i32 {
-        self.target.pid()
+    fn accept(listen: &Listen, cookie: Option<&kvmi_client::Cookie>) -> Result<Self> {
+        let (socket, hello) = listen.accept(cookie)?;
+        let mut vm = Connection::new(socket);
+        let info = vm.get_info().context("the VM was not hooked")?;
+        let name = String::from_utf8_lossy(hello.name()).into_owned();
+        let whole = 0..hello.max_gpa;
+        Ok(Self {
+            vm,
+            subject: Subject {
+                pid: None,
+                name: Some(name).filter(|name| !name.is_empty()),
+            },
+            vcpu_count: info.vcpu_count,
+            max_gpa: hello.max_gpa,
+            memory: vec![whole],
+            hook: None,
+        })
+    }
+
+    /// Which VM it is.
+    pub fn subject(&self) -> Subject {
+        self.subject.clone()
     }
 
     /// Watches for the end of the VM and for signals, which from now on do not end this process.
     pub fn watch(&self) -> io::Result<Waiter> {
-        Waiter::new(&self.target, self.vm.stream().as_fd())
+        let target = self.hook.as_ref().map(|(_, target)| target);
+        Waiter::new(target, self.vm.stream().as_fd())
     }
 
     /// Sets for how long the VM may be paused, or wait for a reply otherwise, before the host breaks
-    /// the connection; `None` is for ever.
+    /// the connection; `None` is for ever. If somebody else has it hooked that is up to them.
     pub fn allow_pause(&self, time: Option<Duration>) -> Result<()> {
         let time = time.map(|time| time.saturating_add(PAUSE_TIMEOUT));
-        Ok(self.attachment.device().set_event_timeout(time)?)
+        match &self.hook {
+            Some((attachment, _)) => Ok(attachment.device().set_event_timeout(time)?),
+            None => Ok(()),
+        }
     }
 
     /// Sets whether accesses of the CPU to the guest's page tables make events.
     pub fn report_page_walks(&self, report: bool) -> Result<()> {
-        Ok(self.attachment.device().report_page_walks(report)?)
+        match &self.hook {
+            Some((attachment, _)) => Ok(attachment.device().report_page_walks(report)?),
+            // They do not unless told otherwise.
+            None if !report => Ok(()),
+            None => {
+                let what = "page walks can be reported only where the VM runs";
+                Err(Problem::new(what, "use --pid, on the host, rather than --listen").into())
+            }
+        }
     }
 
     /// Pauses the VM until what this returns is dropped.
-    pub fn pause(&mut self) -> Result<Paused<'_, UnixStream>> {
+    pub fn pause(&mut self) -> Result<Paused<'_, OwnedFd>> {
         let paused = self.vm.pause_all(PAUSE_TIMEOUT);
         paused.context("cannot pause the VM")
     }
 
     /// Checks that the VM has a vCPU.
     pub fn check_vcpu(&self, vcpu: u16) -> Result<()> {
-        check_vcpu(vcpu, self.status.vcpu_count)
+        check_vcpu(vcpu, self.vcpu_count)
     }
 
     /// All vCPUs that the VM had when it was hooked.
     pub fn vcpus(&self) -> Vec<u16> {
         // Indices have 16 bits.
-        (0..u16::try_from(self.status.vcpu_count).unwrap_or(u16::MAX)).collect()
+        (0..u16::try_from(self.vcpu_count).unwrap_or(u16::MAX)).collect()
     }
 
-    /// Unhooks the VM.
+    /// Unhooks the VM. Where somebody else has hooked it, to hang up is enough.
     pub fn close(self) -> Result<()> {
         drop(self.vm);
-        Ok(self.attachment.unhook()?)
+        if let Some((attachment, _)) = self.hook {
+            attachment.unhook()?;
+        }
+        Ok(())
     }
 
     /// The addresses that a range means: the first one, and how many.
     pub fn resolve(&self, range: &Range) -> Result<(u64, u64)> {
-        resolve(range, self.status.max_gpa)
+        resolve(range, self.max_gpa)
     }
 
-    /// The parts of `len` bytes at `start` where the VM has memory: first address and length.
+    /// The parts of `len` bytes at `start` where the VM may have memory: first address and length.
     pub fn memory(&self, start: u64, len: u64) -> Vec<(u64, u64)> {
         clip(&self.memory, start, len)
     }
@@ -156,6 +226,19 @@ mod tests {
         assert_eq!(clip(&slots, 5, 20), [(5, 5), (20, 5)]);
         assert_eq!(clip(&slots, 10, 10), []);
         assert_eq!(clip(&slots, 39, u64::MAX), [(39, 1)]);
+    }
+
+    #[test]
+    fn subject_is_known_by_its_process_or_its_name() {
+        let subject = |pid, name: Option<&str>| Subject {
+            pid,
+            name: name.map(str::to_owned),
+        };
+        let hooked = subject(Some(42), None);
+        assert_eq!(hooked.to_string(), "the VM of process 42");
+        assert_eq!(serde_json::to_string(&hooked).unwrap(), r#"{"pid":42}"#);
+        assert_eq!(subject(None, Some("w\x1bb")).to_string(), "the VM w?b");
+        assert_eq!(subject(None, None).to_string(), "the VM");
     }
 
     #[test]

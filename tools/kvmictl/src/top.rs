@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::{
     cli::Top,
     output::{hex, Output},
-    session::Session,
+    session::{Session, Subject},
     state,
     symbols::{Names, Printed},
     table::Table,
@@ -41,7 +41,8 @@ struct Row {
 /// One look at the vCPUs.
 #[derive(Serialize)]
 struct Sample {
-    pid: i32,
+    #[serde(flatten)]
+    subject: Subject,
     /// Number of the look, from 1 on.
     sample: u64,
     /// Seconds since the first one.
@@ -92,10 +93,10 @@ pub fn run(arguments: &Top, output: &mut Output) -> Result<()> {
 
 /// Pauses the vCPUs for a moment.
 fn look(session: &mut Session, number: u64, begun: Instant, names: &Names) -> Result<Sample> {
-    let pid = session.pid();
+    let subject = session.subject();
     let paused = session.pause()?;
     let sample = Sample {
-        pid,
+        subject,
         sample: number,
         seconds: begun.elapsed().as_secs_f64(),
         vcpus: paused
@@ -154,7 +155,7 @@ impl Sample {
             table.add([vcpu.to_string(), "off".to_owned()].into_iter().chain(rest));
         }
         let table = table.align_right(&[0, 2, 3, 4, 5]);
-        format!("process {}, {:.1} s\n{table}\n", self.pid, self.seconds)
+        format!("{}, {:.1} s\n{table}\n", self.subject, self.seconds)
     }
 }
 
@@ -178,7 +179,10 @@ mod tests {
             kind: VcpuEventKind::Pause,
         };
         Sample {
-            pid: 42,
+            subject: Subject {
+                pid: Some(42),
+                name: None,
+            },
             sample: 1,
             seconds: 0.25,
             vcpus: vec![Row::of(&event, names)],
@@ -191,7 +195,7 @@ mod tests {
         let text = sample(&Names::none()).text();
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines.len(), 4);
-        assert_eq!(lines[0], "process 42, 0.2 s");
+        assert_eq!(lines[0], "the VM of process 42, 0.2 s");
         for part in ["64-bit", "0xffffffff81000000", "0x1000"] {
             assert!(lines[2].contains(part), "{text}");
         }

@@ -37,25 +37,26 @@ pub enum End {
 /// Waits for the end. From its creation on, the signals that would end the process are caught.
 #[derive(Debug)]
 pub struct Waiter {
-    vmm: OwnedFd,
+    /// The VMM, if it is a process of this machine.
+    vmm: Option<OwnedFd>,
     socket: OwnedFd,
     signals: UnixStream,
 }
 
 impl Waiter {
-    /// Watches the process of `target`, the signals, and `socket`, for hang-ups only: data on it
-    /// is not for us.
-    pub fn new(target: &Target, socket: BorrowedFd<'_>) -> io::Result<Self> {
-        Self::watch(target.pidfd(), socket)
+    /// Watches the process of `target`, if there is one, the signals, and `socket`, for hang-ups
+    /// only: data on it is not for us.
+    pub fn new(target: Option<&Target>, socket: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::watch(target.map(Target::pidfd), socket)
     }
 
-    fn watch(vmm: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io::Result<Self> {
+    fn watch(vmm: Option<BorrowedFd<'_>>, socket: BorrowedFd<'_>) -> io::Result<Self> {
         let (signals, sender) = UnixStream::pair()?;
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             pipe::register(signal, sender.try_clone()?)?;
         }
         Ok(Self {
-            vmm: vmm.try_clone_to_owned()?,
+            vmm: vmm.map(|vmm| vmm.try_clone_to_owned()).transpose()?,
             socket: socket.try_clone_to_owned()?,
             signals,
         })
@@ -77,8 +78,12 @@ impl Waiter {
         loop {
             let mut fds = [
                 PollFd::new(&self.socket, flags),
-                PollFd::new(&self.vmm, PollFlags::IN),
                 PollFd::new(&self.signals, PollFlags::IN),
+                // The socket again, for nothing.
+                match &self.vmm {
+                    Some(vmm) => PollFd::new(vmm, PollFlags::IN),
+                    None => PollFd::new(&self.socket, PollFlags::empty()),
+                },
             ];
             match poll(&mut fds, remaining(deadline).as_ref()) {
                 Ok(0) => return Ok(Some(End::Timeout)),
@@ -86,8 +91,8 @@ impl Waiter {
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno.into()),
             }
-            let [socket, vmm, signals] = fds.map(|fd| fd.revents());
-            if !vmm.is_empty() {
+            let [socket, signals, vmm] = fds.map(|fd| fd.revents());
+            if self.vmm.is_some() && !vmm.is_empty() {
                 return Ok(Some(End::VmEnded));
             }
             if !(socket - PollFlags::IN).is_empty() {
@@ -124,14 +129,17 @@ impl Waiter {
         }
     }
 
-    /// Whether the VMM has ended. While it does, the socket is closed shortly before the process
+    /// Whether the VMM is known to have ended. While it does, the socket is closed shortly before the process
     /// is gone, so this allows a moment for the latter.
     pub fn vmm_has_ended(&self) -> io::Result<bool> {
         let moment = Timespec {
             tv_sec: 0,
             tv_nsec: 100_000_000,
         };
-        let mut fds = [PollFd::new(&self.vmm, PollFlags::IN)];
+        let Some(vmm) = &self.vmm else {
+            return Ok(false);
+        };
+        let mut fds = [PollFd::new(vmm, PollFlags::IN)];
         match poll(&mut fds, Some(&moment)) {
             Ok(ready) => Ok(ready != 0),
             Err(Errno::INTR) => Ok(false),
@@ -170,7 +178,7 @@ mod tests {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let vmm = pidfd(&child);
         let (ours, mut tools) = UnixStream::pair().unwrap();
-        let waiter = Waiter::watch(vmm.as_fd(), ours.as_fd()).unwrap();
+        let waiter = Waiter::watch(Some(vmm.as_fd()), ours.as_fd()).unwrap();
         assert_eq!(waiter.wait(SHORT).unwrap(), End::Timeout);
 
         tools.write_all(b"data").unwrap();
@@ -206,11 +214,22 @@ mod tests {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let vmm = pidfd(&child);
         let (ours, _tools) = UnixStream::pair().unwrap();
-        let waiter = Waiter::watch(vmm.as_fd(), ours.as_fd()).unwrap();
+        let waiter = Waiter::watch(Some(vmm.as_fd()), ours.as_fd()).unwrap();
         let kernels = ours.try_clone().unwrap();
         kernels.shutdown(std::net::Shutdown::Both).unwrap();
         assert_eq!(waiter.wait(None).unwrap(), End::ToolHungUp);
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn without_a_process_there_are_hang_ups() {
+        let (ours, tools) = UnixStream::pair().unwrap();
+        let waiter = Waiter::watch(None, ours.as_fd()).unwrap();
+        assert_eq!(waiter.wait(SHORT).unwrap(), End::Timeout);
+        drop(tools);
+        assert_eq!(waiter.wait(None).unwrap(), End::ToolHungUp);
+        assert!(!waiter.vmm_has_ended().unwrap());
+        assert!(waiter.wait_as_tool(None).is_err());
     }
 }

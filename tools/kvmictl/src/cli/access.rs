@@ -7,14 +7,14 @@ use std::time::Duration;
 use clap::Args;
 use kvmi_client::Access;
 
-use super::{Selector, SymbolFile};
+use super::{Reach, Selector, SymbolFile};
 use crate::{address::Address, area::Area, number};
 
 /// Arguments of `guard`.
 #[derive(Args, Debug)]
 pub struct Guard {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// What to guard: guest physical addresses (0x1000, 1M..2M), or symbols of the guest's kernel
     /// (linux_banner, _stext.._etext, __start_rodata..__end_rodata).
     #[arg(required = true, value_name = "RANGE|SYMBOL|SYMBOL..SYMBOL")]
@@ -41,7 +41,7 @@ pub struct Guard {
 #[derive(Args, Debug)]
 pub struct Watch {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// Where the structure is: a guest physical address, a symbol of the guest's kernel, or
     /// SYMBOL+0x10.
     #[arg(value_name = "GPA|SYMBOL")]

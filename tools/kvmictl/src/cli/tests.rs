@@ -56,6 +56,9 @@ fn every_command_is_understood() {
         "kvmictl watch init_uts_ns --symbols System.map --count 1",
         "kvmictl access --pid 5",
         "kvmictl stats --pid 5",
+        "kvmictl read --listen vsock:4711 0 8",
+        "kvmictl top --listen /run/tool --tool-cookie-file k",
+        "kvmictl guard --listen vsock:4711 0x1000",
         "kvmictl attach --socket /run/tool",
         "kvmictl attach --vsock 3:4711 --pid 5 --allow-events none --cookie-file k",
     ] {
@@ -67,6 +70,8 @@ fn every_command_is_understood() {
 fn wrong_use_is_refused() {
     for line in [
         "kvmictl info --pid 1 --name x",
+        "kvmictl read 0 8 --pid 1 --listen vsock:1",
+        "kvmictl read 0 8 --vm-fd 9 --listen vsock:1",
         "kvmictl guard 0 --watch --block",
         "kvmictl write 0 --hex 90 --text x",
         "kvmictl attach --socket /x --vsock 1:2",
@@ -94,6 +99,7 @@ fn wrong_use_is_refused() {
         "kvmictl cpuid 1.2.3",
         "kvmictl inject 32",
         "kvmictl inject 14 --error-code 0x10000",
+        "kvmictl read --listen vsock:x 0 8",
         "kvmictl attach --vsock 3",
         "kvmictl attach --socket x --allow-events PAGEFAULT",
         "kvmictl attach --socket x --handshake-timeout=-1",

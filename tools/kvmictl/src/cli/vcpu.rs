@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Selector, SymbolFile};
+use super::{Reach, SymbolFile};
 use crate::{
     address::Address,
     cpuid::Leaf,
@@ -19,7 +19,7 @@ use crate::{
 #[derive(Args, Debug)]
 pub struct Pause {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// For how long, in seconds; by default until an interrupt.
     #[arg(long = "for", value_name = "SECONDS", value_parser = number::parse_seconds)]
     pub duration: Option<Duration>,
@@ -31,7 +31,7 @@ pub struct Pause {
 #[derive(Args, Debug)]
 pub struct Regs {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// This vCPU only.
     #[arg(long, value_name = "N")]
     pub vcpu: Option<u16>,
@@ -51,7 +51,7 @@ pub struct Regs {
 #[derive(Args, Debug)]
 pub struct Cpuid {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// Which vCPU.
     #[arg(long, value_name = "N", default_value = "0")]
     pub vcpu: u16,
@@ -64,7 +64,7 @@ pub struct Cpuid {
 #[derive(Args, Debug)]
 pub struct Translate {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// The vCPU whose virtual address it is.
     #[arg(long, value_name = "N", default_value = "0")]
     pub vcpu: u16,
@@ -81,7 +81,7 @@ pub struct Translate {
 #[derive(Args, Debug)]
 pub struct Inject {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// Which vCPU.
     #[arg(long, value_name = "N", default_value = "0")]
     pub vcpu: u16,
@@ -102,7 +102,7 @@ pub struct Inject {
 #[derive(Args, Debug)]
 pub struct Top {
     #[command(flatten)]
-    pub vm: Selector,
+    pub vm: Reach,
     /// Time between two looks, in seconds.
     #[arg(long, value_name = "S", default_value = "1", value_parser = number::parse_seconds)]
     pub interval: Duration,

@@ -135,7 +135,7 @@ mod tests {
         code: &[u8],
         injects: Option<KvmiError>,
         event: &VcpuEvent,
-        look: impl FnOnce(&mut Attempt<'_>, &mut Connection<std::os::unix::net::UnixStream>) -> R,
+        look: impl FnOnce(&mut Attempt<'_>, &mut Connection<std::os::fd::OwnedFd>) -> R,
     ) -> (R, Vec<Command>, Vec<u8>) {
         let mut commands = Vec::new();
         let mut last = Vec::new();

@@ -12,13 +12,14 @@ use super::{
 };
 use crate::{
     output::{gpa, hex, size, Output},
+    session::Subject,
     symbols::{Names, Printed},
     wait::End,
 };
 
 /// Prints what happens.
 pub struct Report<'a> {
-    pid: i32,
+    subject: Subject,
     output: &'a mut Output,
 }
 
@@ -38,18 +39,18 @@ struct Record {
 }
 
 impl<'a> Report<'a> {
-    /// Prints what happens to the VM of a process.
-    pub fn new(pid: i32, output: &'a mut Output) -> Self {
-        Self { pid, output }
+    /// Prints what happens to a VM.
+    pub fn new(subject: Subject, output: &'a mut Output) -> Self {
+        Self { subject, output }
     }
 
     /// The guest is guarded from now on.
     pub fn begin(&mut self, guard: &Guard, pages: usize) -> Result<()> {
-        let (pid, bytes) = (self.pid, guard.spans.size());
+        let (subject, bytes) = (&self.subject, guard.spans.size());
         if self.output.is_json() {
             self.output.json(&json!({
                 "state": "guarding",
-                "pid": pid,
+                "pid": subject.pid,
                 "bytes": bytes,
                 "pages": pages,
                 "denied": guard.deny.to_string(),
@@ -59,7 +60,7 @@ impl<'a> Report<'a> {
         } else {
             let what = if guard.block { "blocking" } else { "watching" };
             let mut line = format!(
-                "{what} {} accesses to {} in {pages} pages of the VM of process {pid}",
+                "{what} {} accesses to {} in {pages} pages of {subject}",
                 guard.deny,
                 size(bytes),
             );
@@ -126,7 +127,7 @@ impl<'a> Report<'a> {
         if self.output.is_json() {
             return Ok(self.output.json(&json!({
                 "state": "ended",
-                "pid": self.pid,
+                "pid": self.subject.pid,
                 "reason": reason,
                 "accesses": accesses,
                 "others": guard.unreported,
