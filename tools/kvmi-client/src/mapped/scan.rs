@@ -16,7 +16,7 @@ use crate::{
 
 impl Window {
     /// As [`Connection::scan_physical`], by mapping the memory: for each 256 pages, or as many as
-    /// the window has, only two commands are given.
+    /// are free in a row in the window, only two commands are given.
     ///
     /// Where not all of these pages can be mapped, what the VM has is read by commands.
     pub fn scan<S: AsFd, B>(
@@ -26,13 +26,19 @@ impl Window {
         len: u64,
         mut take: impl FnMut(Piece, Bytes<'_>) -> ControlFlow<B>,
     ) -> Result<ControlFlow<B>> {
-        let size = self.slots().count().clamp(1, BATCH) as u64 * PAGE_SIZE;
+        let size = match self.slots().longest_free().min(BATCH) {
+            0 => return Err(MapError::Full(1)),
+            pages => pages as u64 * PAGE_SIZE,
+        };
         let mut tokens = Tokens::read_only();
         let mut copy = Vec::new();
         for (gpa, len) in chunks(gpa, len, size)? {
             let outcome = match self.copy(vm, &mut tokens, gpa, len, &mut copy) {
                 Ok(()) => give(gpa, &copy, &mut take)?,
-                Err(MapError::Absent(_)) => vm.scan_physical(gpa, len as u64, &mut take)?,
+                // Or another thread has taken the pages of the window.
+                Err(MapError::Absent(_) | MapError::Full(_)) => {
+                    vm.scan_physical(gpa, len as u64, &mut take)?
+                }
                 Err(error) => return Err(error),
             };
             if outcome.is_break() {

@@ -12,9 +12,10 @@ impl Slots {
         Self(vec![false; pages])
     }
 
-    /// How many there are.
-    pub(super) fn count(&self) -> usize {
-        self.0.len()
+    /// The most free pages in a row.
+    pub(super) fn longest_free(&self) -> usize {
+        let runs = self.0.split(|taken| *taken);
+        runs.map(<[bool]>::len).max().unwrap_or(0)
     }
 
     /// Takes `count` free pages in a row; returns the index of the first one.
@@ -50,6 +51,7 @@ mod tests {
         assert_eq!(slots.take(2), None);
         assert_eq!(slots.take(1), Some(7));
         assert_eq!(slots.take(1), None);
+        assert_eq!(slots.longest_free(), 0);
     }
 
     #[test]
@@ -59,7 +61,9 @@ mod tests {
             slots.take(1);
         }
         slots.give_back(0, 1);
+        assert_eq!(slots.longest_free(), 1);
         slots.give_back(2, 2);
+        assert_eq!(slots.longest_free(), 2);
         assert_eq!(slots.take(2), Some(2), "0 has no free neighbour");
         assert_eq!(slots.take(1), Some(0));
     }
@@ -68,6 +72,6 @@ mod tests {
     fn more_than_there_is_cannot_be_had() {
         let mut slots = Slots::new(2);
         assert_eq!(slots.take(3), None);
-        assert_eq!(slots.count(), 2);
+        assert_eq!(slots.longest_free(), 2);
     }
 }
