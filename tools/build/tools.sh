@@ -10,4 +10,4 @@ cd "$ROOT/tools"
 # With --target the flags spare build scripts and macros, which cannot be static.
 export RUSTFLAGS="-C target-feature=+crt-static"
 step "build the tools" "see the first error in the log" \
-	cargo build --locked --release --target x86_64-unknown-linux-gnu --workspace
+	cargo build --locked --release --target x86_64-unknown-linux-gnu --workspace --bins --examples
