@@ -217,6 +217,10 @@ pub enum Format {
 pub struct Read {
     #[command(flatten)]
     pub vm: Reach,
+    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
+    /// has made an introspector.
+    #[arg(long)]
+    pub map: bool,
     /// First guest physical address, such as 0x100000 or 1M; with --virtual also a symbol.
     pub address: Address,
     /// Number of bytes, such as 64, 0x40 or 4K.
@@ -283,6 +287,10 @@ pub struct Range {
 pub struct Dump {
     #[command(flatten)]
     pub vm: Reach,
+    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
+    /// has made an introspector.
+    #[arg(long)]
+    pub map: bool,
     /// File to write.
     pub file: PathBuf,
     #[command(flatten)]
@@ -294,6 +302,10 @@ pub struct Dump {
 pub struct Find {
     #[command(flatten)]
     pub vm: Reach,
+    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
+    /// has made an introspector.
+    #[arg(long)]
+    pub map: bool,
     /// Text to search for.
     pub pattern: String,
     /// The pattern is bytes in hexadecimal, such as "7f 45 4c 46".

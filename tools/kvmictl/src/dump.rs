@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::{
     cli::Dump,
-    memory::scan,
+    memory::{scan, Via},
     output::{gpa, size, Output},
     progress,
     session::Session,
@@ -37,6 +37,7 @@ struct Summary {
 
 /// Saves guest memory to a file.
 pub fn run(arguments: &Dump, output: &mut Output) -> Result<()> {
+    let via = Via::open(arguments.map)?;
     let mut session = Session::open(&arguments.vm)?;
     let (start, len) = session.resolve(&arguments.range)?;
     let path = arguments.file.display();
@@ -47,7 +48,7 @@ pub fn run(arguments: &Dump, output: &mut Output) -> Result<()> {
     let bar = progress::bar(parts.iter().map(|(_, len)| len).sum(), output.is_json());
     let saved = parts
         .into_iter()
-        .map(|part| save(&mut session.vm, part, start, &file, &bar))
+        .map(|part| save(&mut session.vm, &via, part, start, &file, &bar))
         .sum::<Result<u64>>()
         .with_context(|| format!("cannot save to {path} all there is"))?;
     bar.finish_and_clear();
@@ -93,13 +94,14 @@ fn create(arguments: &Dump, len: u64) -> std::io::Result<File> {
 /// guest has.
 fn save<S: AsFd>(
     vm: &mut Connection<S>,
+    via: &Via,
     (start, len): (u64, u64),
     first: u64,
     file: &File,
     bar: &ProgressBar,
 ) -> Result<u64> {
     let mut saved = 0;
-    scan(vm, start, len, |page| {
+    scan(vm, via, start, len, |page| {
         if let Some(bytes) = page.bytes {
             file.write_all_at(bytes, page.gpa - first)
                 .context("cannot write to the file")?;
@@ -121,7 +123,14 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(0x4000).unwrap();
         let saved = with_vm(&[7; 0x2000], |vm| {
-            save(vm, (0, 0x4000), 0, file.as_file(), &ProgressBar::hidden())
+            save(
+                vm,
+                &Via::Commands,
+                (0, 0x4000),
+                0,
+                file.as_file(),
+                &ProgressBar::hidden(),
+            )
         });
         assert_eq!(saved.unwrap(), 0x2000);
         let mut expected = vec![0; 0x4000];

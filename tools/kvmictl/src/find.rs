@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::{
     cli::Find,
-    memory::scan,
+    memory::{scan, Via},
     number,
     output::{gpa, Output},
     problem::Problem,
@@ -31,20 +31,28 @@ struct Found {
 /// Searches guest memory.
 pub fn run(arguments: &Find, output: &mut Output) -> Result<()> {
     let pattern = pattern(arguments)?;
+    let via = Via::open(arguments.map)?;
     let mut session = Session::open(&arguments.vm)?;
     let (start, len) = session.resolve(&arguments.range)?;
     let parts = session.memory(start, len);
     let bar = progress::bar(parts.iter().map(|(_, len)| len).sum(), output.is_json());
     let as_json = output.is_json();
     let mut matches = Vec::new();
-    let count = search(&mut session.vm, &parts, &pattern, arguments.max, |page| {
-        bar.inc(page.len);
-        matches.extend(page.hits.iter().copied().map(gpa));
-        if !as_json && !matches.is_empty() {
-            bar.suspend(|| print(&mut matches, output))?;
-        }
-        Ok(())
-    })?;
+    let count = search(
+        &mut session.vm,
+        &via,
+        &parts,
+        &pattern,
+        arguments.max,
+        |page| {
+            bar.inc(page.len);
+            matches.extend(page.hits.iter().copied().map(gpa));
+            if !as_json && !matches.is_empty() {
+                bar.suspend(|| print(&mut matches, output))?;
+            }
+            Ok(())
+        },
+    )?;
     bar.finish_and_clear();
     session.close()?;
 
@@ -67,6 +75,7 @@ struct Progress<'a> {
 /// and returns the number of occurrences.
 fn search<S: AsFd>(
     vm: &mut Connection<S>,
+    via: &Via,
     parts: &[(u64, u64)],
     pattern: &[u8],
     max: Option<u64>,
@@ -76,7 +85,7 @@ fn search<S: AsFd>(
     let mut count = 0;
     let mut hits = Vec::new();
     for (start, len) in parts {
-        scan(vm, *start, *len, |page| {
+        scan(vm, via, *start, *len, |page| {
             hits.clear();
             let more = scanner.push(page.gpa, page.bytes.unwrap_or_default(), |hit| {
                 hits.push(hit);
@@ -126,7 +135,7 @@ mod tests {
     fn find(memory: &[u8], pattern: &[u8], max: Option<u64>) -> Vec<u64> {
         let mut found = Vec::new();
         let count = with_vm(memory, |vm| {
-            search(vm, &[(0, 0x5000)], pattern, max, |page| {
+            search(vm, &Via::Commands, &[(0, 0x5000)], pattern, max, |page| {
                 found.extend(page.hits);
                 Ok(())
             })

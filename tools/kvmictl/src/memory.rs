@@ -5,9 +5,35 @@
 use std::{ops::ControlFlow, os::fd::AsFd};
 
 use anyhow::{Context as _, Result};
-use kvmi_client::{Command, Connection, Error, KvmiError};
+use kvmi_client::{
+    mapped::{MapError, Window},
+    Bytes, Command, Connection, Error, KvmiError, Piece,
+};
 
 use crate::output::gpa;
+
+/// Pages of a window: as many as one token is good for.
+const WINDOW: usize = 256;
+
+/// By what way guest memory is read.
+#[derive(Debug)]
+pub enum Via {
+    /// The host copies it.
+    Commands,
+    /// It is mapped, in the VM that this runs in.
+    Mapping(Window),
+}
+
+impl Via {
+    /// The way that is asked for.
+    pub fn open(map: bool) -> Result<Self> {
+        if !map {
+            return Ok(Self::Commands);
+        }
+        let window = Window::open(WINDOW).context("cannot map guest memory")?;
+        Ok(Self::Mapping(window))
+    }
+}
 
 /// What a look at a page, or a part of one, has shown.
 #[derive(Clone, Copy, Debug)]
@@ -24,11 +50,12 @@ pub struct Page<'a> {
 /// `false`.
 pub fn scan<S: AsFd>(
     vm: &mut Connection<S>,
+    via: &Via,
     start: u64,
     len: u64,
     mut take: impl FnMut(Page<'_>) -> Result<bool>,
 ) -> Result<()> {
-    let outcome = vm.scan_physical(start, len, |piece, bytes| {
+    let take = |piece: Piece, bytes: Bytes<'_>| {
         let bytes = match bytes {
             Ok(bytes) => Some(bytes),
             Err(KvmiError::NoEnt) => None,
@@ -48,7 +75,11 @@ pub fn scan<S: AsFd>(
             Ok(false) => ControlFlow::Break(Ok(())),
             Err(error) => ControlFlow::Break(Err(error)),
         }
-    });
+    };
+    let outcome = match via {
+        Via::Commands => vm.scan_physical(start, len, take).map_err(MapError::from),
+        Via::Mapping(window) => window.scan(vm, start, len, take),
+    };
     match outcome.context("cannot read guest memory")? {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(outcome) => outcome,
@@ -126,7 +157,7 @@ pub mod tests {
     fn pages_come_in_order_and_holes_are_told() {
         let mut seen = Vec::new();
         with_vm(&[7; 4096], |vm| {
-            scan(vm, 0xfff, 0x1002, |page| {
+            scan(vm, &Via::Commands, 0xfff, 0x1002, |page| {
                 seen.push((page.gpa, page.len, page.bytes.map(<[u8]>::to_vec)));
                 Ok(true)
             })
@@ -141,7 +172,7 @@ pub mod tests {
     fn scan_ends_when_told() {
         let mut pages = 0;
         with_vm(&[], |vm| {
-            scan(vm, 0, 1 << 40, |_| {
+            scan(vm, &Via::Commands, 0, 1 << 40, |_| {
                 pages += 1;
                 Ok(pages < 3)
             })

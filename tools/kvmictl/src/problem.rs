@@ -5,6 +5,7 @@
 use std::{fmt, io};
 
 use kvmi_client::{
+    mapped::MapError,
     symbols::{LoadError, LocateError, LookupError},
     AttachError, Command, Error, KvmiError,
 };
@@ -76,6 +77,9 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
         if let Some(error) = cause.downcast_ref::<AttachError>() {
             return attach_hint(error);
         }
+        if let Some(error) = cause.downcast_ref::<MapError>() {
+            return map_hint(error);
+        }
         symbols_hint(cause).or(cause.downcast_ref::<Error>().and_then(connection_hint))
     })
 }
@@ -129,6 +133,25 @@ fn attach_hint(error: &AttachError) -> Option<&'static str> {
     })
 }
 
+fn map_hint(error: &MapError) -> Option<&'static str> {
+    Some(match error {
+        MapError::NoDevice => {
+            "load the module in this VM: modprobe kvmmem; where the VM's host is, leave out --map"
+        }
+        MapError::NotPermitted => "run this as root",
+        MapError::NoWindow { .. } => "it counts as locked memory: raise that limit (ulimit -l)",
+        MapError::Unsupported => "leave out --map, or load a newer kvmi_host on the host",
+        MapError::NotIntrospector => {
+            "on the host, for the VM that this runs in: kvmictl introspector --on (while a VM logs its \
+             writes to a ring, it cannot be mapped either)"
+        }
+        MapError::Absent(_) => "kvmictl info, on the host, shows where the guest's memory ends",
+        MapError::Busy(_) => "its memory changes all the time: try again",
+        MapError::Connection(error) => return connection_hint(error),
+        _ => return None,
+    })
+}
+
 fn connection_hint(error: &Error) -> Option<&'static str> {
     Some(match error {
         Error::Kvmi(KvmiError::NoEnt, Command::VcpuGetCpuid) => "the vCPU has no such CPUID leaf",
@@ -175,6 +198,10 @@ mod tests {
         assert!(hint(&error).unwrap().contains("modprobe"));
 
         let closed = AttachError::Connection(Error::Closed);
+        assert!(hint(&closed.into()).is_some());
+        let unknown = anyhow::Error::new(MapError::NotIntrospector).context("cannot read");
+        assert!(hint(&unknown).unwrap().contains("introspector --on"));
+        let closed = MapError::Connection(Error::Closed);
         assert!(hint(&closed.into()).is_some());
         let problem = Problem::new("what", "do that");
         assert_eq!(hint(&problem.into()), Some("do that"));

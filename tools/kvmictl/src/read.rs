@@ -12,7 +12,7 @@ use crate::{
     address::Address,
     cli::{Format, Read},
     hexdump::{printable, HexDump},
-    memory::scan,
+    memory::{scan, Via},
     output::{gpa, hex, Output},
     problem::Problem,
     session::Session,
@@ -36,6 +36,7 @@ pub fn run(arguments: &Read, output: &mut Output) -> Result<()> {
         let what = "a symbol has a virtual address, and a physical one is to be read";
         return Err(Problem::new(what, "add --virtual").into());
     }
+    let via = Via::open(arguments.map)?;
     let mut session = Session::open(&arguments.vm)?;
     let address = arguments
         .address
@@ -44,33 +45,54 @@ pub fn run(arguments: &Read, output: &mut Output) -> Result<()> {
     if arguments.is_virtual {
         session.check_vcpu(arguments.vcpu)?;
         let mut paused = session.pause()?;
-        let bytes = read_virtual(&mut paused, arguments.vcpu, address, arguments.len)?;
+        let bytes = read_virtual(&mut paused, &via, arguments.vcpu, address, arguments.len)?;
         paused.resume()?;
         // Not before: whoever reads the output may take its time.
         printer.push(&bytes)?;
     } else {
-        scan(&mut session.vm, address, arguments.len, |page| {
-            let piece = page
-                .bytes
-                .ok_or(Error::Kvmi(KvmiError::NoEnt, Command::VmReadPhysical));
-            let piece =
-                piece.with_context(|| format!("cannot read guest memory at {}", gpa(page.gpa)))?;
-            printer.push(piece)?;
-            Ok(true)
-        })?;
+        let range = (address, arguments.len);
+        read_physical(&mut session.vm, &via, range, |bytes| printer.push(bytes))?;
     }
     session.close()?;
     printer.finish()
 }
 
+/// Reads memory at a physical address, all of which has to be there, page by page.
+fn read_physical<S: AsFd>(
+    vm: &mut Connection<S>,
+    via: &Via,
+    (start, len): (u64, u64),
+    mut take: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    scan(vm, via, start, len, |page| {
+        let absent = Error::Kvmi(KvmiError::NoEnt, Command::VmReadPhysical);
+        let bytes = page.bytes.ok_or(absent);
+        let bytes =
+            bytes.with_context(|| format!("cannot read guest memory at {}", gpa(page.gpa)))?;
+        take(bytes)?;
+        Ok(true)
+    })
+}
+
 /// Reads memory at a virtual address.
-fn read_virtual<S: AsFd>(vm: &mut Connection<S>, vcpu: u16, gva: u64, len: u64) -> Result<Vec<u8>> {
+fn read_virtual<S: AsFd>(
+    vm: &mut Connection<S>,
+    via: &Via,
+    vcpu: u16,
+    gva: u64,
+    len: u64,
+) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     for piece in pages(gva, len)? {
-        let mut page = vec![0; piece.len];
-        vm.read_virtual(vcpu, piece.gpa, &mut page)
-            .with_context(|| format!("cannot read guest memory at {}", hex(piece.gpa)))?;
-        bytes.append(&mut page);
+        let mut read = || {
+            let unmapped = Error::Unmapped(piece.gpa);
+            let gpa = vm.translate_gva(vcpu, piece.gpa)?.ok_or(unmapped)?;
+            read_physical(vm, via, (gpa, piece.len as u64), |part| {
+                bytes.extend_from_slice(part);
+                Ok(())
+            })
+        };
+        read().with_context(|| format!("cannot read guest memory at {}", hex(piece.gpa)))?;
     }
     Ok(bytes)
 }
@@ -171,7 +193,7 @@ mod tests {
             let head = ReplyHead::success(header, data.len()).unwrap();
             [head.as_bytes(), &data].concat()
         };
-        with_script(host, |vm| read_virtual(vm, 1, address, len))
+        with_script(host, |vm| read_virtual(vm, &Via::Commands, 1, address, len))
     }
 
     #[test]
