@@ -104,6 +104,11 @@ pub enum Command {
     /// tool gets on its connection to the VM that it looks into. A VM stays an introspector until it
     /// ends, or --off is said. With neither option, tells which it is.
     Introspector(Introspector),
+    /// List the tasks of a Linux guest.
+    ///
+    /// Goes along the kernel's own list of processes, from init_task on, while the guest runs. Where a
+    /// task's fields are is found by what Linux has in its first three tasks.
+    Tasks(Tasks),
     /// Show what a tool that has a VM hooked has done so far.
     ///
     /// Does not hook the VM itself.
@@ -316,6 +321,19 @@ pub struct Find {
     pub max: Option<u64>,
     #[command(flatten)]
     pub range: Range,
+}
+
+/// Arguments of `tasks`.
+#[derive(Args, Debug)]
+pub struct Tasks {
+    #[command(flatten)]
+    pub vm: Reach,
+    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
+    /// has made an introspector.
+    #[arg(long)]
+    pub map: bool,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
 }
 
 /// Arguments of `attach`.

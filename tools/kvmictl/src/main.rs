@@ -36,6 +36,7 @@ mod state;
 mod stats;
 mod symbols;
 mod table;
+mod tasks;
 mod top;
 mod translate;
 mod wait;
@@ -84,6 +85,7 @@ fn run(command: &Command, output: &mut Output) -> anyhow::Result<()> {
         Command::Watch(arguments) => guard::watch(arguments, output),
         Command::Access(arguments) => access::run(arguments, output),
         Command::Introspector(arguments) => introspector::run(arguments, output),
+        Command::Tasks(arguments) => tasks::run(arguments, output),
         Command::Stats(arguments) => stats::run(arguments, output),
         Command::Attach(arguments) => attach::run(arguments, output),
     }
