@@ -35,7 +35,7 @@ skip() {
 
 in_tools() { (cd tools && cargo "$1" --locked --release --target x86_64-unknown-linux-gnu --workspace "${@:2}"); }
 kernel_rust() { git ls-files -co --exclude-standard 'rust/*.rs'; }
-scripts() { git ls-files -co --exclude-standard 'tools/*.sh' .ci/run tools/lab/guest/{vm,kvmmem}-init; }
+scripts() { git ls-files -co --exclude-standard 'tools/*.sh' .ci/run tools/lab/guest/{vm,kvmmem,introspector}-init; }
 
 rustfmt_kernel() { kernel_rust | xargs "$RUSTFMT" --check --edition 2021 --config-path "$TREE/.rustfmt.toml"; }
 clippy_kernel() { tools/build/modules.sh build/kernel/lab/kdir build/modules/clippy modules CLIPPY=1 KRUSTFLAGS=-Dwarnings; }

@@ -145,6 +145,7 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 		check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
 		subtests "kvmmem in a guest" sh tools/lab/guest/kvmmem.sh "$FLAVOUR"
 		subtests "kvmmem in an introspector" sh tools/lab/guest/kvmmem.sh "$FLAVOUR" host
+		check "introspector guest that maps another guest" sh tools/lab/guest/scene.sh "$FLAVOUR"
 	fi
 	case $VENDOR in
 	amd) again "shadow paging" npt=0 ;;
