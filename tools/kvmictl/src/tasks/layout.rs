@@ -114,10 +114,10 @@ fn read_up_to(memory: &mut impl Memory, gva: u64, size: usize) -> Vec<u8> {
     while bytes.len() < size {
         let mut part = vec![0; STEP.min(size - bytes.len())];
         let next = gva.checked_add(bytes.len() as u64);
-        if !next.is_some_and(|next| memory.read(next, &mut part).is_ok()) {
-            break;
+        match next.map(|next| memory.read(next, &mut part)) {
+            Some(Ok(())) => bytes.append(&mut part),
+            _ => break,
         }
-        bytes.append(&mut part);
     }
     bytes
 }
