@@ -3,6 +3,7 @@
 #
 # Sourced by scripts that look into a live Linux guest under an unmodified QEMU,
 # after common.sh.  They have a function fail.
+# shellcheck disable=SC2034  # some of it is for one script only
 
 console=/tmp/console
 map=$KERNEL/System.map
