@@ -24,8 +24,8 @@ use kvmi_abi::{
     },
     dev::{
         Attach,
-        PageWalks,
         Introspector as IntrospectorArg,
+        PageWalks,
         VmAccess,
         VmMemory,
         VmStatus,
@@ -48,13 +48,13 @@ use kvmi_abi::{
 };
 
 use crate::{
+    introspector::Introspector,
     ioctl::{
         read_arg,
         session_ioctl,
         time_limit,
         write_arg, //
     },
-    introspector::Introspector,
     kvm::VmRef,
     registry,
     role::Role,

@@ -143,7 +143,11 @@ impl Introspector {
                 count,
             } => {
                 let mut pages = KVec::with_capacity(count, GFP_KERNEL)?;
-                for entry in self.read_array::<MapEntry>(array_gpa, MAX_MAP)?.iter().take(count) {
+                for entry in self
+                    .read_array::<MapEntry>(array_gpa, MAX_MAP)?
+                    .iter()
+                    .take(count)
+                {
                     entry.check()?;
                     pages.push(PageMap::new(entry), GFP_KERNEL)?;
                 }
@@ -176,12 +180,7 @@ impl Introspector {
     }
 
     /// Reads memory of the guest at a virtual address, which may cross a page.
-    fn read_virtual(
-        &self,
-        vcpu: &CurrentVcpu,
-        gva: u64,
-        buf: &mut [u8],
-    ) -> Result<(), MapError> {
+    fn read_virtual(&self, vcpu: &CurrentVcpu, gva: u64, buf: &mut [u8]) -> Result<(), MapError> {
         // Lossless: below a page's size.
         let in_page = (PAGE - gva % PAGE) as usize;
         let (first, second) = buf.split_at_mut(in_page.min(buf.len()));

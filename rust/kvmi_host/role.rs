@@ -117,11 +117,7 @@ impl Provider for Role {
         }
     }
 
-    fn hypercall(
-        vcpu: &RoleVcpu,
-        current: &CurrentVcpu,
-        call: &GuestCall,
-    ) -> Result<Option<i64>> {
+    fn hypercall(vcpu: &RoleVcpu, current: &CurrentVcpu, call: &GuestCall) -> Result<Option<i64>> {
         match vcpu {
             RoleVcpu::Target(_) => Ok(None),
             RoleVcpu::Introspector(introspector) => {

@@ -67,10 +67,7 @@ pub(crate) fn unmap(gpa: u64) -> Result<(), HypercallError> {
 }
 
 /// Does what [`map`] does for every entry of `batch`, or for none.
-pub(crate) fn map_many(
-    token: TokenRef<'_>,
-    batch: &Batch<MapEntry>,
-) -> Result<(), HypercallError> {
+pub(crate) fn map_many(token: TokenRef<'_>, batch: &Batch<MapEntry>) -> Result<(), HypercallError> {
     call(
         MEM_MAP_MANY,
         token.as_ptr().addr() as u64,

@@ -96,11 +96,8 @@ pub(crate) trait Provider: Send + Sync + Sized + 'static {
 
     /// The guest makes a hypercall: returns the result for it, or nothing if it is not for the
     /// provider. Fails with `EINTR` if the guest has to repeat it.
-    fn hypercall(
-        vcpu: &Self::Vcpu,
-        current: &CurrentVcpu,
-        call: &GuestCall,
-    ) -> Result<Option<i64>>;
+    fn hypercall(vcpu: &Self::Vcpu, current: &CurrentVcpu, call: &GuestCall)
+        -> Result<Option<i64>>;
 }
 
 /// What a vCPU does after [`Provider::vcpu_work`].
@@ -273,8 +270,8 @@ impl<P: Provider> Registration<P> {
         let current = unsafe { CurrentVcpu::new(slot.ptr) };
         match P::hypercall(&slot.vcpu, &current, call) {
             Ok(Some(result)) => {
-                // The guest takes it for a signed number.
-                call.ret = result.cast_unsigned();
+                // The same bits: the guest takes it for a signed number.
+                call.ret = result as u64;
                 1
             }
             Ok(None) => 0,

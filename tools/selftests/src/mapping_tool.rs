@@ -99,7 +99,7 @@ impl Introspector {
             [regs.rbx, regs.rcx, regs.rdx] = args;
         });
         assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
-        self.vcpu.regs().rax.cast_signed()
+        self.vcpu.regs().rax as i64
     }
 
     /// Has a program of the guest make a hypercall; returns its result.
@@ -134,7 +134,7 @@ impl Introspector {
             (regs.rcx, regs.r11) = (PROGRAM, 0x202);
         });
         assert_eq!(self.vcpu.run_until_exit(), Exit::Out(0x10));
-        self.vcpu.regs().r8.cast_signed()
+        self.vcpu.regs().r8 as i64
     }
 
     /// Has the guest present a token of this session, again with another one if the host is so slow

@@ -85,11 +85,7 @@ impl Couple {
         self.caller.set_regs(&regs)?;
         exit::run(&mut self.caller)?;
         let result = self.caller.get_regs()?.rax;
-        ensure!(
-            result == expected,
-            "hypercall {nr}: {}",
-            result.cast_signed()
-        );
+        ensure!(result == expected, "hypercall {nr}: {}", result as i64);
         Ok(())
     }
 
