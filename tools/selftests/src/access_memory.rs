@@ -54,6 +54,20 @@ impl Drop for Setting {
     }
 }
 
+/// Has the host collapse, move, swap out and split memory until told otherwise; returns how often
+/// there was a huge page.
+pub fn disturb(memory: &Memory, over: &AtomicBool) -> u32 {
+    let mut collapsed = 0;
+    while !over.load(Ordering::Relaxed) {
+        // Whether it works depends on what the others are doing just now.
+        collapsed += u32::from(memory.collapse());
+        let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+        memory.swap_out();
+        memory.split_up();
+    }
+    collapsed
+}
+
 fn events_stay_exact_while_the_memory_is_merged_collapsed_moved_and_swapped(ctx: &Ctx) {
     let _settings = [
         ("/sys/kernel/mm/ksm/sleep_millisecs", "0"),
@@ -69,17 +83,7 @@ fn events_stay_exact_while_the_memory_is_merged_collapsed_moved_and_swapped(ctx:
     let mut guard = Guard::start(&vm, &mut vcpus);
     let over = AtomicBool::new(false);
     let done = thread::scope(|scope| {
-        let disturb = scope.spawn(|| {
-            let mut done = 0;
-            while !over.load(Ordering::Relaxed) {
-                // Whether it works depends on what the others are doing just now.
-                done += u32::from(memory.collapse());
-                let _ = fs::write("/proc/sys/vm/compact_memory", "1");
-                memory.swap_out();
-                memory.split_up();
-            }
-            done
-        });
+        let disturb = scope.spawn(|| disturb(&memory, &over));
         guard.permit(WRITES * rounds * vcpus.len() as u64);
         expect_exact(&vm, &mut vcpus, rounds);
         over.store(true, Ordering::Relaxed);

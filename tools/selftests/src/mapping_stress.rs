@@ -3,7 +3,6 @@
 //! Pages of one VM in another one, often, many, and while all else changes.
 
 use std::{
-    fs,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -13,6 +12,7 @@ use iced_x86::code_asm::*;
 use kvmi_abi::hypercall::{MapEntry, MEM_MAP, MEM_MAP_MANY, MEM_UNMAP, MEM_UNMAP_MANY};
 
 use crate::{
+    access_memory::disturb,
     access_tool::{add_code, emit, CODE},
     harness::{note, test, Ctx, Test},
     mapping_tool::{number, Introspector, ARRAY, PAGE_OF_TARGET, TOKEN, WINDOW},
@@ -74,17 +74,7 @@ fn both_guests_count_exactly_while_the_memory_moves(ctx: &Ctx) {
     ours.run_through();
     let over = AtomicBool::new(false);
     let collapsed = thread::scope(|scope| {
-        let disturb = scope.spawn(|| {
-            let mut collapsed = 0;
-            while !over.load(Ordering::Relaxed) {
-                // Whether it works depends on what the others are doing just now.
-                collapsed += u32::from(memory.collapse());
-                let _ = fs::write("/proc/sys/vm/compact_memory", "1");
-                memory.swap_out();
-                memory.split_up();
-            }
-            collapsed
-        });
+        let disturb = scope.spawn(|| disturb(&memory, &over));
         assert_eq!(theirs.exit(), Exit::Out(0x10));
         assert_eq!(ours.exit(), Exit::Out(0x10));
         over.store(true, Ordering::Relaxed);

@@ -102,8 +102,10 @@ fn tokens_expire_after_three_seconds(_: &Ctx) {
     assert_eq!(others.len(), 6);
     // Nobody presents them, and nobody asks for others: a place is free when it is time.
     std::thread::sleep((before + LIFETIME - MARGIN).saturating_duration_since(Instant::now()));
+    let mapped = introspector.map(&early, PAGE_OF_TARGET, WINDOW);
+    // Unless the host is so slow that it may have come too late.
     if before.elapsed() < LIFETIME {
-        assert_eq!(introspector.map(&early, PAGE_OF_TARGET, WINDOW), 0);
+        assert_eq!(mapped, 0);
     }
     std::thread::sleep((after + LIFETIME + MARGIN).saturating_duration_since(Instant::now()));
     let next = WINDOW + PAGE as u64;
