@@ -12,7 +12,10 @@ use zerocopy_derive::{
     KnownLayout, //
 };
 
-use crate::ioctl::iow;
+use crate::{
+    ioctl::iow,
+    token::MapToken, //
+};
 
 #[doc(no_inline)]
 pub use crate::access::PAGE_SIZE;
@@ -37,18 +40,12 @@ pub const MAX_MAP_PAGES: u32 = 256;
 /// Most pages of one mapping of the device: 256 MiB. A process may have several mappings.
 pub const MAX_AREA_PAGES: usize = 1 << 16;
 
-/// Says that its owner may map pages of a certain VM, until it is used up or expires. It is a
-/// secret, hence has no `Debug`.
-#[derive(Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct Token(pub [u64; 4]);
-
-/// Argument of [`MEM_MAP`] (`kvmi_mem_map`).
+/// Argument of [`MEM_MAP`] (`kvmi_mem_map`). A token is a secret, hence this has no `Debug`.
 #[derive(Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct MemMap {
     /// For the VM that has the page.
-    pub token: Token,
+    pub token: MapToken,
     /// Guest physical address of the page in that VM, a multiple of [`PAGE_SIZE`].
     pub gpa: u64,
     /// Address of the page to be replaced in the calling process, a multiple of [`PAGE_SIZE`].
@@ -60,7 +57,7 @@ pub struct MemMap {
 #[repr(C)]
 pub struct MemMapMany {
     /// For the VM that has the pages.
-    pub token: Token,
+    pub token: MapToken,
     /// Address of the first page to be replaced, a multiple of [`PAGE_SIZE`]; all of them are in
     /// one mapping of the device.
     pub gva: u64,

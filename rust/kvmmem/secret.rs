@@ -12,10 +12,12 @@ use kernel::{
         UserSlice, //
     }, //
 };
-use kvmi_abi::mem::{
-    MemMap,
-    MemMapMany,
-    Token, //
+use kvmi_abi::{
+    mem::{
+        MemMap,
+        MemMapMany, //
+    },
+    token::MapToken, //
 };
 use zerocopy::{
     FromBytes,
@@ -27,17 +29,17 @@ use crate::host;
 /// An argument that has a token in it, which stays where it is.
 pub(crate) trait HasToken: FromBytes + IntoBytes {
     /// The token.
-    fn token(&self) -> &Token;
+    fn token(&self) -> &MapToken;
 }
 
 impl HasToken for MemMap {
-    fn token(&self) -> &Token {
+    fn token(&self) -> &MapToken {
         &self.token
     }
 }
 
 impl HasToken for MemMapMany {
-    fn token(&self) -> &Token {
+    fn token(&self) -> &MapToken {
         &self.token
     }
 }
@@ -86,11 +88,11 @@ impl<T: HasToken> Drop for Secret<T> {
 
 /// A token within one page of memory that the host can find: that of a [`Secret`].
 #[derive(Clone, Copy)]
-pub(crate) struct TokenRef<'a>(&'a Token);
+pub(crate) struct TokenRef<'a>(&'a MapToken);
 
 impl TokenRef<'_> {
     /// Where it is.
-    pub(crate) fn as_ptr(self) -> *const Token {
+    pub(crate) fn as_ptr(self) -> *const MapToken {
         self.0
     }
 }

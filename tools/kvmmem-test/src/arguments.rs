@@ -4,9 +4,12 @@
 
 use std::{fs::File, ptr};
 
-use kvmi_abi::mem::{
-    MemMap, MemMapMany, MemUnmapMany, Token, MAX_AREA_PAGES, MEM_MAP, MEM_MAP_MANY,
-    MEM_UNMAP_COMPAT, MEM_UNMAP_MANY,
+use kvmi_abi::{
+    mem::{
+        MemMap, MemMapMany, MemUnmapMany, MAX_AREA_PAGES, MEM_MAP, MEM_MAP_MANY, MEM_UNMAP_COMPAT,
+        MEM_UNMAP_MANY,
+    },
+    token::{MapToken, TOKEN_SIZE},
 };
 use rustix::mm::{madvise, mprotect, Advice, MapFlags, MprotectFlags, ProtFlags};
 
@@ -44,10 +47,15 @@ pub fn expect_refused(result: Result<(), Errno>, options: &Options) {
     assert_eq!(result, Err(expected));
 }
 
+/// A token that nobody has.
+const UNKNOWN: MapToken = MapToken {
+    bytes: [!0; TOKEN_SIZE],
+};
+
 /// A request with a token that nobody has.
 pub fn request(gpa: u64, gva: usize) -> MemMap {
     MemMap {
-        token: Token([!0; 4]),
+        token: UNKNOWN,
         gpa,
         gva: gva as u64,
     }
@@ -56,7 +64,7 @@ pub fn request(gpa: u64, gva: usize) -> MemMap {
 /// A request for many pages with a token that nobody has.
 pub fn request_many(gpas: &[u64], gva: usize) -> MemMapMany {
     MemMapMany {
-        token: Token([!0; 4]),
+        token: UNKNOWN,
         gva: gva as u64,
         gpas: gpas.as_ptr().addr() as u64,
         count: gpas.len() as u32,

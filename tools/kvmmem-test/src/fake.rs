@@ -4,7 +4,11 @@
 
 use std::{fs, path::PathBuf};
 
-use kvmi_abi::mem::{MemMap, MemMapMany, Token};
+use kvmi_abi::{
+    mem::{MemMap, MemMapMany},
+    token::MapToken,
+};
+use zerocopy::transmute;
 
 use crate::counters::counter;
 
@@ -50,8 +54,8 @@ pub fn fail_unmap(errno: i32, times: i64, after: i64) {
 
 /// A new token.
 #[track_caller]
-pub fn token() -> Token {
-    Token([GOOD_TOKEN, get("token") as u64, 0, 0])
+pub fn token() -> MapToken {
+    transmute!([GOOD_TOKEN, get("token") as u64, 0, 0])
 }
 
 /// A request that it grants.

@@ -17,7 +17,7 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
 };
 
-use kvmi_abi::mem::Token;
+use kvmi_abi::token::MapToken;
 use zerocopy::FromBytes as _;
 
 use crate::harness::Options;
@@ -61,12 +61,12 @@ impl Host {
 
     /// A new token.
     #[track_caller]
-    pub fn token(&mut self) -> Token {
+    pub fn token(&mut self) -> MapToken {
         let digits = self.ask("token");
         let bytes: Vec<u8> = (0..32)
             .map(|byte| u8::from_str_radix(&digits[2 * byte..][..2], 16).expect("two digits"))
             .collect();
-        Token::read_from_bytes(&bytes).expect("32 bytes are a token")
+        MapToken::read_from_bytes(&bytes).expect("32 bytes are a token")
     }
 
     /// What is at an address of the other VM.

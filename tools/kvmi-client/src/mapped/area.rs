@@ -11,7 +11,7 @@ use std::{
 };
 
 use kvmi_abi::{
-    mem::{MemMapMany, MemUnmapMany, Token, MEM_MAP_MANY, MEM_UNMAP_MANY},
+    mem::{MemMapMany, MemUnmapMany, MEM_MAP_MANY, MEM_UNMAP_MANY},
     token::MapToken,
 };
 use rustix::{
@@ -73,7 +73,7 @@ impl Area {
         gpas: &[u64],
     ) -> rustix::io::Result<()> {
         let request = MemMapMany {
-            token: Token::read_from_bytes(&token.bytes).map_err(|_| Errno::INVAL)?,
+            token: *token,
             gva: self.address_of(first)?,
             gpas: gpas.as_ptr().addr() as u64,
             count: u32::try_from(gpas.len()).map_err(|_| Errno::TOOBIG)?,
