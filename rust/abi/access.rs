@@ -32,6 +32,11 @@ pub const ALL: u8 = R | W | X;
 /// Size of a page in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// Whether an address is that of a page, a multiple of [`PAGE_SIZE`].
+pub const fn is_page_aligned(address: u64) -> bool {
+    address % PAGE_SIZE == 0
+}
+
 /// The gva of an event whose gva is not known.
 pub const GVA_UNKNOWN: u64 = u64::MAX;
 

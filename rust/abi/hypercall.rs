@@ -14,7 +14,13 @@ use zerocopy_derive::{
     KnownLayout, //
 };
 
-use crate::error::KvmiError;
+use crate::{
+    access::{
+        is_page_aligned,
+        PAGE_SIZE, //
+    },
+    error::KvmiError, //
+};
 
 /// Maps one page: virtual address of a token, gpa in the target, own gpa.
 pub const MEM_MAP: u32 = 32;
@@ -32,9 +38,7 @@ pub const MEM_UNMAP_MANY: u32 = 36;
 pub const EALREADY: i32 = 114;
 
 /// An array fills a page at most.
-pub const ARRAY_SIZE: usize = 4096;
-
-const PAGE_MASK: u64 = 4095;
+pub const ARRAY_SIZE: usize = PAGE_SIZE as usize; // CAST: it is 4096.
 
 /// A page to be mapped (`kvmi_map_entry`).
 #[derive(
@@ -134,8 +138,8 @@ impl MapEntry {
 }
 
 /// Checks that an address is a page's.
-pub fn page(gpa: u64) -> Result<u64, KvmiError> {
-    if gpa & PAGE_MASK == 0 {
+fn page(gpa: u64) -> Result<u64, KvmiError> {
+    if is_page_aligned(gpa) {
         Ok(gpa)
     } else {
         Err(KvmiError::Inval)

@@ -2,11 +2,16 @@
 
 //! Which pages a request on `/dev/kvmmem` is about: the arithmetic, checked before anything is done.
 
-use crate::mem::{
-    MemUnmapMany,
-    MAX_AREA_PAGES,
-    MAX_MAP_PAGES,
-    PAGE_SIZE, //
+use crate::{
+    access::{
+        is_page_aligned,
+        PAGE_SIZE, //
+    },
+    mem::{
+        MemUnmapMany,
+        MAX_AREA_PAGES,
+        MAX_MAP_PAGES, //
+    }, //
 };
 
 /// Why an argument of `/dev/kvmmem` is refused. All of these are `EINVAL` to the caller but
@@ -27,7 +32,7 @@ pub enum RangeError {
 
 /// Checks a guest physical address; both ends of a mapping need one that is page aligned.
 pub const fn page_address(address: u64) -> Result<u64, RangeError> {
-    if address % PAGE_SIZE == 0 {
+    if is_page_aligned(address) {
         Ok(address)
     } else {
         Err(RangeError::Unaligned)
@@ -46,7 +51,7 @@ pub struct PageRange {
 impl PageRange {
     /// `pages` pages from `start` on, at least one and not more than `max`.
     pub const fn new(start: u64, pages: u32, max: u32) -> Result<Self, RangeError> {
-        if start % PAGE_SIZE != 0 {
+        if !is_page_aligned(start) {
             return Err(RangeError::Unaligned);
         }
         if pages == 0 {

@@ -15,10 +15,13 @@ use kernel::{
     }, //
 };
 use kvmi_abi::{
+    access::{
+        is_page_aligned,
+        PAGE_SIZE, //
+    },
     hypercall::{
         Hypercall,
         MapEntry,
-        ARRAY_SIZE,
         EALREADY,
         MAX_MAP,
         MAX_UNMAP, //
@@ -153,7 +156,7 @@ impl Introspector {
                 }
                 self.map(vcpu, token_gva, &pages)
             }
-            Hypercall::Unmap { gpa } => match vcpu.unmap(&[gpa / PAGE]) {
+            Hypercall::Unmap { gpa } => match vcpu.unmap(&[gpa / PAGE_SIZE]) {
                 1 => Ok(0),
                 _ => Err(KvmiError::NoEnt.into()),
             },
@@ -182,7 +185,7 @@ impl Introspector {
     /// Reads memory of the guest at a virtual address, which may cross a page.
     fn read_virtual(&self, vcpu: &CurrentVcpu, gva: u64, buf: &mut [u8]) -> Result<(), MapError> {
         // Lossless: below a page's size.
-        let in_page = (PAGE - gva % PAGE) as usize;
+        let in_page = (PAGE_SIZE - gva % PAGE_SIZE) as usize;
         let (first, second) = buf.split_at_mut(in_page.min(buf.len()));
         let read = |gva, buf: &mut [u8]| match vcpu.gva_to_gpa(gva) {
             _ if buf.is_empty() => Ok(()),
@@ -205,14 +208,12 @@ impl Introspector {
     }
 }
 
-const PAGE: u64 = ARRAY_SIZE as u64;
-
 /// Unmaps pages, whose addresses become frame numbers; returns how many from the first one on.
 fn unmap_many(vcpu: &CurrentVcpu, gpas: &mut [u64]) -> Result<i64, MapError> {
     // What comes behind a wrong address is not unmapped any more.
-    let aligned = gpas.iter().take_while(|gpa| *gpa % PAGE == 0).count();
+    let aligned = gpas.iter().take_while(|gpa| is_page_aligned(**gpa)).count();
     let gfns = gpas.get_mut(..aligned).unwrap_or_default();
-    gfns.iter_mut().for_each(|gpa| *gpa /= PAGE);
+    gfns.iter_mut().for_each(|gpa| *gpa /= PAGE_SIZE);
     match vcpu.unmap(gfns) {
         0 if aligned == 0 => Err(KvmiError::Inval.into()),
         0 => Err(KvmiError::NoEnt.into()),
