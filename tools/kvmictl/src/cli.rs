@@ -163,6 +163,18 @@ pub struct Reach {
     pub tool_cookie_file: Option<PathBuf>,
 }
 
+/// Which VM, and by what way its memory is read.
+#[derive(Args, Clone, Debug, Default)]
+#[group(skip)]
+pub struct Source {
+    #[command(flatten)]
+    pub vm: Reach,
+    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
+    /// has made an introspector.
+    #[arg(long)]
+    pub map: bool,
+}
+
 /// Where the names of the guest's kernel come from.
 #[derive(Args, Clone, Debug, Default)]
 #[group(skip)]
@@ -221,11 +233,7 @@ pub enum Format {
 #[derive(Args, Debug)]
 pub struct Read {
     #[command(flatten)]
-    pub vm: Reach,
-    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
-    /// has made an introspector.
-    #[arg(long)]
-    pub map: bool,
+    pub source: Source,
     /// First guest physical address, such as 0x100000 or 1M; with --virtual also a symbol.
     pub address: Address,
     /// Number of bytes, such as 64, 0x40 or 4K.
@@ -291,11 +299,7 @@ pub struct Range {
 #[derive(Args, Debug)]
 pub struct Dump {
     #[command(flatten)]
-    pub vm: Reach,
-    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
-    /// has made an introspector.
-    #[arg(long)]
-    pub map: bool,
+    pub source: Source,
     /// File to write.
     pub file: PathBuf,
     #[command(flatten)]
@@ -306,11 +310,7 @@ pub struct Dump {
 #[derive(Args, Debug)]
 pub struct Find {
     #[command(flatten)]
-    pub vm: Reach,
-    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
-    /// has made an introspector.
-    #[arg(long)]
-    pub map: bool,
+    pub source: Source,
     /// Text to search for.
     pub pattern: String,
     /// The pattern is bytes in hexadecimal, such as "7f 45 4c 46".
@@ -327,11 +327,7 @@ pub struct Find {
 #[derive(Args, Debug)]
 pub struct Tasks {
     #[command(flatten)]
-    pub vm: Reach,
-    /// Map the memory through /dev/kvmmem rather than have the host copy it: in a VM that its host
-    /// has made an introspector.
-    #[arg(long)]
-    pub map: bool,
+    pub source: Source,
     #[command(flatten)]
     pub symbols: SymbolFile,
 }

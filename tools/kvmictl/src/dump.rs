@@ -18,10 +18,9 @@ use serde::Serialize;
 
 use crate::{
     cli::Dump,
-    memory::{scan, Via},
+    memory::{self, scan, Via},
     output::{gpa, size, Output},
     progress,
-    session::Session,
 };
 
 /// What is printed in the end.
@@ -37,8 +36,7 @@ struct Summary {
 
 /// Saves guest memory to a file.
 pub fn run(arguments: &Dump, output: &mut Output) -> Result<()> {
-    let via = Via::open(arguments.map)?;
-    let mut session = Session::open(&arguments.vm)?;
+    let (via, mut session) = memory::open(&arguments.source)?;
     let (start, len) = session.resolve(&arguments.range)?;
     let path = arguments.file.display();
     let file = create(arguments, len).with_context(|| format!("cannot create {path}"))?;

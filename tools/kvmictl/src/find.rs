@@ -10,13 +10,12 @@ use serde::Serialize;
 
 use crate::{
     cli::Find,
-    memory::{scan, Via},
+    memory::{self, scan, Via},
     number,
     output::{gpa, Output},
     problem::Problem,
     progress,
     scanner::Scanner,
-    session::Session,
 };
 
 /// What is printed as JSON.
@@ -31,8 +30,7 @@ struct Found {
 /// Searches guest memory.
 pub fn run(arguments: &Find, output: &mut Output) -> Result<()> {
     let pattern = pattern(arguments)?;
-    let via = Via::open(arguments.map)?;
-    let mut session = Session::open(&arguments.vm)?;
+    let (via, mut session) = memory::open(&arguments.source)?;
     let (start, len) = session.resolve(&arguments.range)?;
     let parts = session.memory(start, len);
     let bar = progress::bar(parts.iter().map(|(_, len)| len).sum(), output.is_json());

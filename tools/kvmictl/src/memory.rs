@@ -10,7 +10,7 @@ use kvmi_client::{
     Bytes, Command, Connection, Error, KvmiError, Piece,
 };
 
-use crate::output::gpa;
+use crate::{cli::Source, output::gpa, session::Session};
 
 /// Pages of a window: as many as one token is good for.
 const WINDOW: usize = 256;
@@ -24,15 +24,14 @@ pub enum Via {
     Mapping(Window),
 }
 
-impl Via {
-    /// The way that is asked for.
-    pub fn open(map: bool) -> Result<Self> {
-        if !map {
-            return Ok(Self::Commands);
-        }
-        let window = Window::open(WINDOW).context("cannot map guest memory")?;
-        Ok(Self::Mapping(window))
-    }
+/// Opens the way that is asked for, and then the VM: what is missing here is told before anybody
+/// waits there.
+pub fn open(source: &Source) -> Result<(Via, Session)> {
+    let via = match source.map {
+        true => Via::Mapping(Window::open(WINDOW).context("cannot map guest memory")?),
+        false => Via::Commands,
+    };
+    Ok((via, Session::open(&source.vm)?))
 }
 
 /// What a look at a page, or a part of one, has shown.

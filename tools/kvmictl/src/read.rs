@@ -12,10 +12,9 @@ use crate::{
     address::Address,
     cli::{Format, Read},
     hexdump::{printable, HexDump},
-    memory::{scan, Via},
+    memory::{self, scan, Via},
     output::{gpa, hex, Output},
     problem::Problem,
-    session::Session,
 };
 
 /// What is printed as JSON.
@@ -36,8 +35,7 @@ pub fn run(arguments: &Read, output: &mut Output) -> Result<()> {
         let what = "a symbol has a virtual address, and a physical one is to be read";
         return Err(Problem::new(what, "add --virtual").into());
     }
-    let via = Via::open(arguments.map)?;
-    let mut session = Session::open(&arguments.vm)?;
+    let (via, mut session) = memory::open(&arguments.source)?;
     let address = arguments
         .address
         .resolve(&arguments.symbols, &mut session)?;

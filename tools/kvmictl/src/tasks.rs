@@ -12,10 +12,9 @@ use serde::Serialize;
 use crate::{
     address::no_symbols,
     cli::Tasks,
-    memory::Via,
+    memory,
     output::{hex, plain, Output},
     problem::Problem,
-    session::Session,
     symbols::Names,
     table::Table,
 };
@@ -42,8 +41,7 @@ struct Printed {
 /// Lists the tasks of a guest.
 pub fn run(arguments: &Tasks, output: &mut Output) -> Result<()> {
     let symbols = Names::load(&arguments.symbols)?.ok_or_else(no_symbols)?;
-    let via = Via::open(arguments.map)?;
-    let mut session = Session::open(&arguments.vm)?;
+    let (via, mut session) = memory::open(&arguments.source)?;
     let vcpus = session.vcpus();
     let names = Names::locate(Some(symbols), &mut session.vm, &vcpus)?;
     let first = names.address("init_task")?;
