@@ -2,6 +2,11 @@
 
 //! What `/dev/kvmi` tells about VMs and sessions.
 
+use std::{
+    os::fd::AsFd,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
 use kvmi_abi::{
     dev::{Attach, VmMemory, VmStatus, STATUS_DISCONNECTED, STATUS_HOOKED},
     ioctl, Event,
@@ -30,6 +35,7 @@ pub const TESTS: &[Test] = &[
     test!(counts_vcpus_that_serve),
     test!(counts_changes_of_memory_slots),
     test!(lists_where_a_vm_has_memory),
+    test!(answers_are_whole_while_memory_slots_come_and_go).long(),
 ];
 
 #[track_caller]
@@ -181,17 +187,19 @@ fn counts_changes_of_memory_slots(_: &Ctx) {
     }
 }
 
+fn next_memory(dev: impl AsFd, vm: &TestVm, gpa: u64) -> Result<(u64, u64), Errno> {
+    let request = VmMemory {
+        vm_fd: vm.raw_fd(),
+        gpa,
+        ..Default::default()
+    };
+    sys::vm_memory_with(dev, request).map(|memory| (memory.gpa, memory.size))
+}
+
 fn lists_where_a_vm_has_memory(_: &Ctx) {
     let vm = TestVm::new();
     let dev = sys::open_dev();
-    let next = |gpa| {
-        let request = VmMemory {
-            vm_fd: vm.raw_fd(),
-            gpa,
-            ..Default::default()
-        };
-        sys::vm_memory_with(&dev, request).map(|memory| (memory.gpa, memory.size))
-    };
+    let next = |gpa| next_memory(&dev, &vm, gpa);
     let (ram, rom) = (Memory::new(3 * PAGE), Memory::new(PAGE));
     vm.add_slot(1, 0x1_0000_0000, &ram);
     vm.add_rom(2, 0xf000_0000, &rom);
@@ -216,4 +224,45 @@ fn lists_where_a_vm_has_memory(_: &Ctx) {
         ..Default::default()
     };
     assert_eq!(sys::vm_memory_with(&dev, no_vm), Err(Errno::BADF));
+}
+
+fn answers_are_whole_while_memory_slots_come_and_go(ctx: &Ctx) {
+    const GPA: u64 = 0x1000_0000;
+    let vm = TestVm::new();
+    let slot = Memory::new(PAGE);
+    let with_slot = GPA + PAGE as u64;
+    let dev = sys::open_dev();
+    let over = AtomicBool::new(false);
+    let mut seen = [0, 0];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                vm.add_slot(1, GPA, &slot);
+                vm.remove_slot(1);
+            }
+        });
+        for _ in 0..ctx.rounds(60_000) {
+            match status(&vm) {
+                VmStatus {
+                    max_gpa,
+                    memory_bytes,
+                    ..
+                } if max_gpa == with_slot => {
+                    assert_eq!(memory_bytes, (MEMORY + PAGE) as u64);
+                    seen[1] += 1;
+                }
+                VmStatus {
+                    max_gpa,
+                    memory_bytes,
+                    ..
+                } => {
+                    assert_eq!((max_gpa, memory_bytes), (MEMORY as u64, MEMORY as u64));
+                    seen[0] += 1;
+                }
+            }
+            assert_eq!(next_memory(&dev, &vm, 0), Ok((0, MEMORY as u64)));
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    note!("{} answers without the slot, {} with it", seen[0], seen[1]);
 }
