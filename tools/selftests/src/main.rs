@@ -38,6 +38,8 @@ mod inject_modes;
 mod jobs;
 mod lifecycle;
 mod mapping;
+mod mapping_kill;
+mod mapping_servants;
 mod mapping_stress;
 mod mapping_token;
 mod mapping_tool;
@@ -114,6 +116,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         mapping::TESTS,
         mapping_token::TESTS,
         mapping_stress::TESTS,
+        mapping_kill::TESTS,
         descriptors::TESTS,
         time_limit::TESTS,
         hotplug::TESTS,

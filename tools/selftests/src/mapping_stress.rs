@@ -5,7 +5,6 @@
 use std::{
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
 };
 
 use iced_x86::code_asm::*;
@@ -17,9 +16,7 @@ use crate::{
     harness::{note, test, Ctx, Test},
     mapping_tool::{number, Introspector, ARRAY, PAGE_OF_TARGET, TOKEN, WINDOW},
     memory::Memory,
-    role::Vmm,
     sys,
-    tool::Tool,
     util::Rng,
     vcpu::Exit,
     vm::{TestVm, MEMORY, PAGE},
@@ -35,9 +32,6 @@ pub const TESTS: &[Test] = &[
     test!(four_thousand_pages_at_a_time).long(),
     test!(mappings_may_race_with_the_end_of_sessions_and_slots).long(),
     test!(hypercalls_with_random_arguments_harm_nobody).long(),
-    test!(target_may_be_killed_at_any_moment)
-        .long()
-        .destructive(),
 ];
 
 /// What both guests count in.
@@ -264,38 +258,4 @@ fn hypercalls_with_random_arguments_harm_nobody(ctx: &Ctx) {
     note!("{done} calls succeeded");
     target.expect_progress();
     tool.settle();
-}
-
-fn target_may_be_killed_at_any_moment(ctx: &Ctx) {
-    let mut introspector = Introspector::new();
-    let mut rng = ctx.rng();
-    for round in 0..ctx.rounds(100) {
-        let mut vmm = Vmm::start(1, 0);
-        let mut tool = Tool::new();
-        let dev = sys::open_dev();
-        sys::allow_all(&dev);
-        sys::attach(&dev, vmm.vm_fd(), tool.vmm_fd()).expect("the VM can be attached");
-        // Without a descriptor of the VM here, it goes with its process.
-        if round % 2 == 0 {
-            vmm.vm = None;
-        }
-        let mapped = introspector.map_page(&mut tool, PAGE_OF_TARGET, WINDOW);
-        assert_eq!(mapped, 0);
-        let pause = Duration::from_micros(rng.below(2000) as u64);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                thread::sleep(pause);
-                vmm.process.kill();
-            });
-            for value in 0..20 {
-                introspector.store(WINDOW + 8, value);
-                introspector.load(WINDOW);
-            }
-        });
-        introspector.load(WINDOW);
-        drop(dev);
-        assert_eq!(introspector.unmap(WINDOW), -2);
-        assert_eq!(introspector.load(WINDOW), 0, "round {round}");
-        introspector.store(WINDOW + 8, 0);
-    }
 }

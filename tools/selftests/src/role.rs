@@ -6,13 +6,14 @@
 //! its standard input.
 
 use std::{
-    io::{stdout, BufRead as _, BufReader, Read as _},
+    fs::File,
+    io::{stdin, stdout, BufRead, BufReader, Read as _, Write as _},
     os::{
         fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
     panic,
-    process::{self, Child, ChildStdin, Command, Stdio},
+    process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
 use kvmi_abi::Command::{GetVersion, VmGetInfo, VmReadPhysical, VmWritePhysical};
@@ -23,6 +24,7 @@ use rustix::{
 use zerocopy::IntoBytes as _;
 
 use crate::{
+    mapping_servants,
     memory::Memory,
     sys,
     tool::{range, write_payload, Tool},
@@ -57,6 +59,8 @@ pub fn be(args: &[String]) {
         FLOOD => flood(stdin_tool()),
         VMM => be_vmm(number(1) as u32, number(2) as u32),
         ATTACHER => be_attacher(number(1), number(2)),
+        mapping_servants::MAPPER => mapping_servants::be_mapper(number(1), number(2)),
+        mapping_servants::INTROSPECTOR => mapping_servants::be_introspector(),
         role => panic!("no role {role}"),
     }
 }
@@ -129,15 +133,15 @@ pub fn start_flood(tool: Tool) -> (Helper, Option<OwnedFd>) {
     (Helper(child.expect("a process can be started")), vmm_end)
 }
 
-/// Reads the line in which a helper says that it is ready.
+/// Reads the line in which a helper says that it is ready; returns it, and what comes behind it.
 #[track_caller]
-fn first_line(child: &mut Child) -> String {
+fn first_line(child: &mut Child) -> (String, BufReader<ChildStdout>) {
     let mut line = String::new();
-    let output = child.stdout.take().expect("its output is a pipe");
-    let read = BufReader::new(output).read_line(&mut line);
+    let mut output = BufReader::new(child.stdout.take().expect("its output is a pipe"));
+    let read = output.read_line(&mut line);
     read.expect("its output can be read");
     assert!(line.ends_with('\n'), "a helper has failed: {line}");
-    line
+    (line, output)
 }
 
 /// A VM of another process.
@@ -159,7 +163,7 @@ impl Vmm {
             .stdout(Stdio::piped())
             .spawn()
             .expect("a process can be started");
-        let line = first_line(&mut child);
+        let (line, _) = first_line(&mut child);
         let fd = line.trim().parse().expect("the number of a descriptor");
         let vm = take_fd(Pid::from_child(&child), fd);
         Self {
@@ -213,11 +217,67 @@ pub fn start_attacher(vm_fd: RawFd) -> Helper {
 }
 
 fn be_attacher(pid: i32, vm_fd: RawFd) {
-    let vm = take_fd(Pid::from_raw(pid).expect("a process"), vm_fd);
-    let dev = sys::open_dev();
-    let tool = Tool::new();
-    sys::attach(&dev, vm.as_raw_fd(), tool.vmm_fd()).expect("the VM can be attached");
-    sys::allow_all(&dev);
+    let (_dev, tool) = attach(pid, vm_fd);
     println!("attached");
     flood(tool);
+}
+
+/// Attaches another process's VM to a tool that may do everything, as long as the file is open.
+pub fn attach(pid: i32, vm_fd: RawFd) -> (File, Tool) {
+    let vm = take_fd(Pid::from_raw(pid).expect("a process"), vm_fd);
+    let (dev, tool) = (sys::open_dev(), Tool::new());
+    sys::attach(&dev, vm.as_raw_fd(), tool.vmm_fd()).expect("the VM can be attached");
+    sys::allow_all(&dev);
+    (dev, tool)
+}
+
+/// A process that does as it is told, order by order.
+pub struct Servant {
+    /// The process.
+    pub process: Helper,
+    /// How it is told.
+    pub orders: Orders,
+}
+
+/// The way to and from a [`Servant`].
+pub struct Orders {
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+}
+
+impl Servant {
+    /// Starts a helper that calls [`serve`] in the end.
+    #[track_caller]
+    pub fn start(role: &[&str]) -> Self {
+        let mut child = command(role)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a process can be started");
+        let (_, from) = first_line(&mut child);
+        let to = child.stdin.take().expect("its input is a pipe");
+        Self {
+            process: Helper(child),
+            orders: Orders { to, from },
+        }
+    }
+}
+
+impl Orders {
+    /// Gives an order and waits for the answer; `None` if the process has ended.
+    pub fn give(&mut self, order: &str) -> Option<String> {
+        writeln!(self.to, "{order}").ok()?;
+        let mut answer = String::new();
+        self.from.read_line(&mut answer).ok()?;
+        answer.strip_suffix('\n').map(str::to_owned)
+    }
+}
+
+/// Says that it is ready, and answers orders, of words.
+pub fn serve(mut answer: impl FnMut(&[&str]) -> String) {
+    println!("ready");
+    for order in stdin().lines().map_while(Result::ok) {
+        let words: Vec<_> = order.split(' ').collect();
+        println!("{}", answer(&words));
+    }
 }
