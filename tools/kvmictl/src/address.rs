@@ -8,10 +8,10 @@ use anyhow::Result;
 
 use crate::{cli::SymbolFile, number, problem::Problem, session::Session, symbols::Names};
 
-/// What symbols are needed for but not there.
-pub fn no_symbols() -> anyhow::Error {
+/// Symbols are needed, for this reason, and there are none.
+pub fn no_symbols(why: &str) -> anyhow::Error {
     let hint = "give the System.map of the guest's kernel with --symbols";
-    Problem::new("a symbol is given, and no file has symbols", hint).into()
+    Problem::new(format!("{why}, and no file has symbols"), hint).into()
 }
 
 /// A virtual address.
@@ -57,9 +57,7 @@ impl Address {
             Self::Number(address) => Ok(*address),
             Self::Symbol { name, .. } => {
                 let Some(symbols) = Names::load(file)? else {
-                    let what = format!("{name:?} is no number, and no file has symbols");
-                    let hint = "give the System.map of the guest's kernel with --symbols";
-                    return Err(Problem::new(what, hint).into());
+                    return Err(no_symbols(&format!("{name:?} is no number")));
                 };
                 let vcpus = session.vcpus();
                 self.of(&Names::locate(Some(symbols), &mut session.vm, &vcpus)?)

@@ -13,6 +13,7 @@ use kvmi_client::{
 };
 
 use crate::{
+    address::no_symbols,
     area::{touched, Area},
     cli,
     guard::{
@@ -80,7 +81,7 @@ impl Order<'_> {
     ) -> Result<()> {
         let symbols = Names::load(symbols)?;
         if symbols.is_none() && self.areas.iter().any(Area::needs_symbols) {
-            return Err(crate::address::no_symbols());
+            return Err(no_symbols("a symbol is given"));
         }
         let mut session = Session::open(vm)?;
         // From here on an interrupt ends the guard rather than the process.

@@ -40,7 +40,8 @@ struct Printed {
 
 /// Lists the tasks of a guest.
 pub fn run(arguments: &Tasks, output: &mut Output) -> Result<()> {
-    let symbols = Names::load(&arguments.symbols)?.ok_or_else(no_symbols)?;
+    let symbols = Names::load(&arguments.symbols)?
+        .ok_or_else(|| no_symbols("the list of tasks begins at a symbol"))?;
     let (via, mut session) = memory::open(&arguments.source)?;
     let vcpus = session.vcpus();
     let names = Names::locate(Some(symbols), &mut session.vm, &vcpus)?;
@@ -82,4 +83,21 @@ fn print(tasks: &[Task], output: &mut Output) -> Result<()> {
         table.add([task.pid.to_string(), hex(task.gva), plain(&task.name)]);
     }
     Ok(output.line(table.align_right(&[0]))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Source, SymbolFile};
+
+    #[test]
+    fn symbols_are_missed_before_a_vm_is_looked_for() {
+        let arguments = Tasks {
+            source: Source::default(),
+            symbols: SymbolFile { file: None },
+        };
+        let error = run(&arguments, &mut Output::new(false)).unwrap_err();
+        let what = "the list of tasks begins at a symbol, and no file has symbols";
+        assert_eq!(error.to_string(), what);
+    }
 }
