@@ -163,7 +163,7 @@ pub struct Reach {
     pub tool_cookie_file: Option<PathBuf>,
 }
 
-/// Which VM, and by what way its memory is read.
+/// Which VM, and by what way its memory is reached.
 #[derive(Args, Clone, Debug, Default)]
 #[group(skip)]
 pub struct Source {
@@ -256,7 +256,7 @@ pub struct Read {
 #[derive(Args, Debug)]
 pub struct Write {
     #[command(flatten)]
-    pub vm: Reach,
+    pub source: Source,
     /// First guest physical address, such as 0x100000 or 1M.
     #[arg(value_parser = number::parse)]
     pub gpa: u64,

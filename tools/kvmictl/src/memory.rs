@@ -15,7 +15,7 @@ use crate::{cli::Source, output::gpa, session::Session};
 /// Pages of a window: as many as one token is good for.
 const WINDOW: usize = 256;
 
-/// By what way guest memory is read.
+/// By what way guest memory is reached.
 #[derive(Debug)]
 pub enum Via {
     /// The host copies it.
@@ -83,6 +83,18 @@ pub fn scan<S: AsFd>(
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(outcome) => outcome,
     }
+}
+
+/// Writes `bytes` at `start`, all in one page.
+pub fn write<S: AsFd>(vm: &mut Connection<S>, via: &Via, start: u64, bytes: &[u8]) -> Result<()> {
+    let Via::Mapping(window) = via else {
+        return Ok(vm.write_physical(start, bytes)?);
+    };
+    let mapping = window.map_writable(vm, start, bytes.len())?;
+    mapping.write(start, bytes)?;
+    // If that has ended by now, they may have gone to a page of our own.
+    vm.get_version()?;
+    Ok(mapping.unmap()?)
 }
 
 #[cfg(test)]

@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use crate::{
     cli::{Data, Write},
+    memory,
     output::{gpa, size, Output},
     problem::Problem,
     progress,
-    session::Session,
 };
 
 /// What is printed as JSON.
@@ -26,14 +26,12 @@ struct Written {
 /// Changes guest memory.
 pub fn run(arguments: &Write, output: &mut Output) -> Result<()> {
     let data = bytes(&arguments.data)?;
-    let mut session = Session::open(&arguments.vm)?;
+    let (via, mut session) = memory::open(&arguments.source)?;
     let bar = progress::bar(data.len() as u64, output.is_json());
     let mut left = data.as_slice();
     for piece in pages(arguments.gpa, data.len() as u64)? {
         let (now, later) = left.split_at_checked(piece.len).unwrap_or_default();
-        session
-            .vm
-            .write_physical(piece.gpa, now)
+        memory::write(&mut session.vm, &via, piece.gpa, now)
             .with_context(|| format!("cannot write guest memory at {}", gpa(piece.gpa)))?;
         bar.inc(piece.len as u64);
         left = later;

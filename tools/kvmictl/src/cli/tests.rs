@@ -57,6 +57,7 @@ fn every_command_is_understood() {
         "kvmictl access --pid 5",
         "kvmictl stats --pid 5",
         "kvmictl read --listen vsock:4711 --map 0 8",
+        "kvmictl write --listen vsock:4711 --map 1M --text hello",
         "kvmictl tasks --listen vsock:4711 --map --symbols System.map",
         "kvmictl top --listen /run/tool --tool-cookie-file k",
         "kvmictl guard --listen vsock:4711 0x1000",
