@@ -10,6 +10,8 @@ map=$KERNEL/System.map
 PATCHER=build/modules/$FLAVOUR-guest
 # The kernel's code and constants, for kvmictl guard; two words.
 locked="_stext.._etext __start_rodata..__end_rodata"
+# How kvmictl guard names who changes that code, with the symbols in /tmp/guest.map.
+patcher=' -w- gpa .* orderly_poweroff+0x0/.* by .* patch+.* \[patcher\]'
 
 kvmictl() { "$BIN/kvmictl" "$@"; }
 

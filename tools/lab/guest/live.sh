@@ -55,7 +55,6 @@ block() {
 start_guest live
 export KVMI_SYMBOLS=/tmp/guest.map
 
-patcher=' -w- gpa .* orderly_poweroff+0x0/.* by .* patch+.* \[patcher\]'
 # shellcheck disable=SC2086  # two words
 watch text "$patcher" $locked
 # shellcheck disable=SC2086  # two words

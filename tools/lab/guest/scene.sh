@@ -31,7 +31,7 @@ start_introspector() {
 	dir=/tmp/introspector
 	mkdir -p $dir/bin $dir/dev $dir/proc
 	cp "$(command -v busybox)" "$BIN/kvmictl" "$BIN/examples/mapped" $dir/bin/
-	cp "$MODULE" "$map" $dir/
+	cp "$MODULE" /tmp/guest.map $dir/
 	cp tools/lab/guest/introspector-init $dir/init
 	chmod 755 $dir/init
 	(cd $dir && find . | cpio -o -H newc --quiet) >/tmp/introspector.cpio
@@ -111,6 +111,18 @@ grep -q '^Linux version ' /tmp/said || fail "it is not the banner"
 tool 4 0
 grep -q '^ *0 .* swapper/0$' /tmp/said || fail "the first task is not there"
 grep -q '^ *2 .* kthreadd$' /tmp/said || fail "the third task is not there"
+
+caption "In the introspector: see who changes the target's kernel, and change a file of the target"
+tool 5 0
+grep -q "$patcher: permitted\$" /tmp/said || fail "the culprit is not named"
+tool 6 0
+pages=$(grep -c '^0x.*000$' /tmp/said)
+[ "$pages" -gt 0 ] || fail "the file is not found"
+for nth in $(seq 7 $((6 + pages))); do
+	tool "$nth" 0
+done
+wait_for 20 '^tick.*written-remotely-' || fail "the target does not see what was written"
+grep '^tick.*written-remotely-' $console | head -n 1
 
 caption "Each of both sees what the other one writes"
 stay
