@@ -144,10 +144,17 @@ impl Host {
             MachineKind::Qemu => Box::new(Qemu::new(args.accel, args.icount)?),
             MachineKind::Bochs => Box::new(Bochs),
         };
+        let mut append = args.append.clone();
+        if args.flavour == "debug" {
+            // With five levels, KASAN asks for that CPU feature to know which addresses it has
+            // shadow memory for, and reports a wild access if an interrupt comes while
+            // identify_cpu() has cleared the features of the boot CPU.
+            append.push("no5lvl".into());
+        }
         Ok(Self {
             flavour: args.flavour.clone(),
             kernel,
-            append: args.append.clone(),
+            append,
             cpus: args.cpus,
             model: args.model.clone(),
             memory: args.memory,
