@@ -24,9 +24,12 @@ pub enum Scope {
     Vcpu,
 }
 
+/// Whether this version serves the events of what the guest does by itself, and their commands.
+const GUEST_EVENTS: bool = false;
+
 /// Declares an id enum with its table: `Variant = number, "NAME", served`.
 macro_rules! ids {
-    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $id:literal, $text:literal, $served:literal;)* }) => {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $id:literal, $text:literal, $served:expr;)* }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum $name {
@@ -112,7 +115,7 @@ ids! {
         /// Reads a CPUID leaf.
         VcpuGetCpuid = 11, "VCPU_GET_CPUID", true;
         /// Chooses control registers whose writes make events.
-        VcpuControlCr = 13, "VCPU_CONTROL_CR", false;
+        VcpuControlCr = 13, "VCPU_CONTROL_CR", GUEST_EVENTS;
         /// Injects an exception.
         VcpuInjectException = 15, "VCPU_INJECT_EXCEPTION", true;
         /// Reads XCR0.
@@ -124,9 +127,9 @@ ids! {
         /// Memory type of a page by the MTRRs.
         VcpuGetMtrrType = 23, "VCPU_GET_MTRR_TYPE", true;
         /// Chooses MSRs whose writes make events.
-        VcpuControlMsr = 25, "VCPU_CONTROL_MSR", false;
+        VcpuControlMsr = 25, "VCPU_CONTROL_MSR", GUEST_EVENTS;
         /// Switches single-stepping on or off.
-        VcpuControlSinglestep = 27, "VCPU_CONTROL_SINGLESTEP", false;
+        VcpuControlSinglestep = 27, "VCPU_CONTROL_SINGLESTEP", GUEST_EVENTS;
         /// Translates a guest virtual address.
         VcpuTranslateGva = 29, "VCPU_TRANSLATE_GVA", true;
     }
@@ -146,23 +149,23 @@ ids! {
         /// A vCPU was paused on request.
         Pause = 1, "PAUSE", true;
         /// The guest calls the tool.
-        Hypercall = 3, "HYPERCALL", false;
+        Hypercall = 3, "HYPERCALL", GUEST_EVENTS;
         /// The guest has hit a breakpoint.
-        Breakpoint = 5, "BREAKPOINT", false;
+        Breakpoint = 5, "BREAKPOINT", GUEST_EVENTS;
         /// The guest writes a control register.
-        Cr = 7, "CR", false;
+        Cr = 7, "CR", GUEST_EVENTS;
         /// An exception is about to be delivered.
         Trap = 9, "TRAP", true;
         /// The guest writes an extended control register.
-        Xsetbv = 11, "XSETBV", false;
+        Xsetbv = 11, "XSETBV", GUEST_EVENTS;
         /// The guest accesses a descriptor-table register.
-        Descriptor = 13, "DESCRIPTOR", false;
+        Descriptor = 13, "DESCRIPTOR", GUEST_EVENTS;
         /// The guest writes an MSR.
-        Msr = 15, "MSR", false;
+        Msr = 15, "MSR", GUEST_EVENTS;
         /// The guest accesses a restricted page.
         Pf = 17, "PF", true;
         /// The guest has executed one instruction.
-        Singlestep = 19, "SINGLESTEP", false;
+        Singlestep = 19, "SINGLESTEP", GUEST_EVENTS;
     }
 }
 
@@ -170,6 +173,11 @@ impl Event {
     /// Whether it interrupts an instruction that can be run again.
     pub const fn can_retry(self) -> bool {
         matches!(self, Self::Breakpoint | Self::Descriptor | Self::Pf)
+    }
+
+    /// Whether the reply to it says which value a register gets.
+    pub const fn has_new_value(self) -> bool {
+        matches!(self, Self::Cr | Self::Msr)
     }
 }
 

@@ -20,6 +20,8 @@ pub mod command;
 pub mod dev;
 pub mod error;
 pub mod event;
+pub mod guest_control;
+pub mod guest_event;
 pub mod handshake;
 pub mod hypercall;
 pub mod hypercall_result;

@@ -12,6 +12,15 @@ use crate::{
     arch::Regs,
     command::ControlEvents,
     error::KvmiError,
+    guest_control::{
+        ControlCr,
+        ControlMsr,
+        ControlSinglestep, //
+    },
+    guest_event::{
+        Cr,
+        NewValueReply, //
+    },
     id::{
         Command,
         Event,
@@ -59,6 +68,23 @@ pub enum VcpuRequest<'a> {
     GetCpuid(GetCpuid),
     /// `VCPU_INJECT_EXCEPTION`
     InjectException(InjectException),
+    /// `VCPU_CONTROL_CR`
+    ControlCr {
+        /// Whose writes make events, or do not.
+        cr: Cr,
+        /// On or off.
+        enable: bool,
+    },
+    /// `VCPU_CONTROL_MSR`
+    ControlMsr {
+        /// Whose writes make events, or do not; one that
+        /// [can be chosen](crate::guest_control::is_controllable_msr).
+        msr: u32,
+        /// On or off.
+        enable: bool,
+    },
+    /// `VCPU_CONTROL_SINGLESTEP`, on or off
+    ControlSinglestep(bool),
     /// `VCPU_GET_XCR` of XCR0
     GetXcr0,
     /// `VCPU_GET_XSAVE`
@@ -107,6 +133,15 @@ impl<'a> VcpuRequest<'a> {
                 .map_err(|_| KvmiError::Inval),
             Command::VcpuGetCpuid => Ok(Self::GetCpuid(zero_extended(payload))),
             Command::VcpuInjectException => inject_exception(payload, policy),
+            Command::VcpuControlCr => zero_extended::<ControlCr>(payload)
+                .check(policy)
+                .map(|(cr, enable)| Self::ControlCr { cr, enable }),
+            Command::VcpuControlMsr => zero_extended::<ControlMsr>(payload)
+                .check(policy)
+                .map(|(msr, enable)| Self::ControlMsr { msr, enable }),
+            Command::VcpuControlSinglestep => zero_extended::<ControlSinglestep>(payload)
+                .check(policy)
+                .map(Self::ControlSinglestep),
             Command::VcpuGetXcr => get_xcr(payload),
             Command::VcpuGetXsave => Ok(Self::GetXsave),
             Command::VcpuSetXsave => payload
@@ -232,32 +267,47 @@ pub struct EventAnswer {
     pub event: Event,
     /// What to do about it.
     pub action: Action,
+    /// What the register gets if the action is to continue; there is one if the event
+    /// [has it](Event::has_new_value).
+    pub new_value: Option<u64>,
 }
 
 impl EventAnswer {
-    /// Makes sense of a message with the id of a vCPU event. A reply has exactly the size of the
-    /// event's: a truncated one must not be taken for zeros.
+    /// Makes sense of a message with the id of a vCPU event.
     pub fn parse(payload: &[u8]) -> Result<Self, CloseReason> {
-        const MALFORMED: CloseReason = CloseReason::MalformedEventReply;
-        let reply = EventReply::read_from_bytes(payload).map_err(|_| MALFORMED)?;
+        Self::decode(payload)
+            .filter(|answer| answer.event.is_served())
+            .ok_or(CloseReason::MalformedEventReply)
+    }
+
+    /// Takes a reply apart, be its event served or not. It has exactly the size of the event's: a
+    /// truncated one must not be taken for zeros.
+    fn decode(payload: &[u8]) -> Option<Self> {
+        let (reply, rest) = EventReply::read_from_prefix(payload).ok()?;
         let header = reply.vcpu;
         if header.padding1 != 0 || header.padding2 != 0 {
-            return Err(MALFORMED);
+            return None;
         }
         if reply.padding1 != 0 || reply.padding2 != 0 {
-            return Err(MALFORMED);
+            return None;
         }
-        let event = Event::from_id(reply.event.into())
-            .filter(|e| e.is_served() && e.scope() == Scope::Vcpu)
-            .ok_or(MALFORMED)?;
-        let action = Action::from_code(reply.action).ok_or(MALFORMED)?;
+        let event = Event::from_id(reply.event.into()).filter(|e| e.scope() == Scope::Vcpu)?;
+        let action = Action::from_code(reply.action)?;
         if action == Action::Retry && !event.can_retry() {
-            return Err(MALFORMED);
+            return None;
         }
-        Ok(Self {
+        let new_value = if event.has_new_value() {
+            Some(NewValueReply::read_from_bytes(rest).ok()?.new_val)
+        } else if rest.is_empty() {
+            None
+        } else {
+            return None;
+        };
+        Some(Self {
             vcpu: header.vcpu,
             event,
             action,
+            new_value,
         })
     }
 }

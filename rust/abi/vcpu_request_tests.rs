@@ -141,17 +141,55 @@ fn answer_must_be_of_exact_size_with_zero_padding() {
 
 #[test]
 fn only_what_interrupts_an_instruction_can_be_retried() {
-    for event in [1, 9] {
+    for event in Event::ALL.iter().filter(|e| e.scope() == Scope::Vcpu) {
+        let id = u8::try_from(event.id()).unwrap();
         for action in 0..=u8::MAX {
-            let answered = EventAnswer::parse(answer(event, action).as_bytes());
-            assert_eq!(answered.is_ok(), action == 0 || action == 2);
+            let mut bytes = answer(id, action).as_bytes().to_vec();
+            bytes.resize(if event.has_new_value() { 24 } else { 16 }, 0);
+            let fine = match action {
+                0 | 2 => true,
+                1 => matches!(id, 5 | 13 | 17),
+                _ => false,
+            };
+            let decoded = EventAnswer::decode(&bytes);
+            assert_eq!(decoded.is_some(), fine, "{event:?}, action {action}");
+            let parsed = EventAnswer::parse(&bytes).is_ok();
+            assert_eq!(parsed, fine && event.is_served(), "{event:?}");
         }
     }
-    for action in 0..=u8::MAX {
-        let answered = EventAnswer::parse(answer(17, action).as_bytes());
-        assert_eq!(answered.is_ok(), action <= 2, "PF, action {action}");
-    }
-    for event in [0, 2, 3, 5, 0xff] {
+    for event in [0, 2, 21, 0xff] {
         assert!(EventAnswer::parse(answer(event, 0).as_bytes()).is_err());
+    }
+}
+
+#[test]
+fn answer_says_which_value_a_register_gets_or_closes_the_connection() {
+    for event in [Event::Cr, Event::Msr] {
+        for action in [Action::Continue, Action::Crash] {
+            let id = u8::try_from(event.id()).unwrap();
+            let mut bytes = answer(id, action.code()).as_bytes().to_vec();
+            bytes.extend([1, 2, 3, 4, 5, 6, 7, 8]);
+            let expected = EventAnswer {
+                vcpu: 0,
+                event,
+                action,
+                new_value: Some(0x0807_0605_0403_0201),
+            };
+            assert_eq!(EventAnswer::decode(&bytes), Some(expected));
+            for len in 0..24 {
+                assert_eq!(EventAnswer::decode(&bytes[..len]), None, "{len} bytes");
+            }
+            bytes.push(0);
+            assert_eq!(EventAnswer::decode(&bytes), None);
+        }
+    }
+    let others = Event::ALL.iter().filter(|e| e.scope() == Scope::Vcpu);
+    for event in others.filter(|e| !e.has_new_value()) {
+        let id = u8::try_from(event.id()).unwrap();
+        let mut bytes = answer(id, 0).as_bytes().to_vec();
+        let decoded = EventAnswer::decode(&bytes).map(|answer| answer.new_value);
+        assert_eq!(decoded, Some(None), "{event:?}");
+        bytes.extend([0; 8]);
+        assert_eq!(EventAnswer::decode(&bytes), None, "{event:?}");
     }
 }

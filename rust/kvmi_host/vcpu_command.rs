@@ -65,6 +65,10 @@ pub(crate) fn execute(
         }
         VcpuRequest::GetCpuid(leaf) => put(scratch, &current.cpuid(leaf.function, leaf.index)?),
         VcpuRequest::InjectException(exception) => current.inject(&exception).map(|()| 0),
+        // Not served so far.
+        VcpuRequest::ControlCr { .. }
+        | VcpuRequest::ControlMsr { .. }
+        | VcpuRequest::ControlSinglestep(_) => Err(KvmiError::NoSys),
         VcpuRequest::GetXcr0 => put(
             scratch,
             &XcrReply {

@@ -228,6 +228,13 @@ struct kvmi_vcpu_get_cpuid_reply {
 	__u32 edx;
 };
 
+struct kvmi_vcpu_control_cr {
+	__u8 cr;		/* 0, 3 or 4 */
+	__u8 enable;
+	__u16 padding1;
+	__u32 padding2;
+};
+
 struct kvmi_vcpu_inject_exception {
 	__u8 nr;
 	__u8 padding1;
@@ -262,6 +269,18 @@ struct kvmi_vcpu_get_mtrr_type_reply {
 	__u8 padding[7];
 };
 
+struct kvmi_vcpu_control_msr {
+	__u8 enable;
+	__u8 padding1;
+	__u16 padding2;
+	__u32 msr;		/* up to 0x1fff, or 0xc0000000 to 0xc0001fff */
+};
+
+struct kvmi_vcpu_control_singlestep {
+	__u8 enable;
+	__u8 padding[7];
+};
+
 struct kvmi_vcpu_translate_gva {
 	__u64 gva;
 };
@@ -287,6 +306,19 @@ struct kvmi_vcpu_event {
 	struct kvmi_vcpu_event_arch arch;
 };
 
+struct kvmi_vcpu_event_breakpoint {
+	__u64 gpa;		/* of the instruction, or KVMI_GPA_UNMAPPED */
+	__u8 insn_len;
+	__u8 padding[7];
+};
+
+struct kvmi_vcpu_event_cr {
+	__u8 cr;		/* 0, 3 or 4 */
+	__u8 padding[7];
+	__u64 old_value;
+	__u64 new_value;
+};
+
 /* The nr of a TRAP event that says that an injected exception got lost. */
 #define KVMI_TRAP_NO_EXCEPTION 0xff
 
@@ -296,6 +328,32 @@ struct kvmi_vcpu_event_trap {
 	__u16 padding2;
 	__u32 error_code;
 	__u64 address;		/* CR2, for a page fault */
+};
+
+/* Sent before the register changes. */
+struct kvmi_vcpu_event_xsetbv {
+	__u8 xcr;		/* 0 */
+	__u8 padding[7];
+	__u64 old_value;
+	__u64 new_value;
+};
+
+#define KVMI_DESC_IDTR	1
+#define KVMI_DESC_GDTR	2
+#define KVMI_DESC_LDTR	3
+#define KVMI_DESC_TR	4
+
+struct kvmi_vcpu_event_descriptor {
+	__u8 descriptor;	/* KVMI_DESC_* */
+	__u8 write;		/* 1: loaded, 0: stored */
+	__u8 padding[6];
+};
+
+struct kvmi_vcpu_event_msr {
+	__u32 msr;
+	__u32 padding;
+	__u64 old_value;
+	__u64 new_value;
 };
 
 /* The gva of a PF event whose gva is not known. */
@@ -308,6 +366,11 @@ struct kvmi_vcpu_event_pf {
 	__u8 padding1;
 	__u16 padding2;
 	__u32 padding3;
+};
+
+struct kvmi_vcpu_event_singlestep {
+	__u8 failed;		/* 1: no instruction was executed */
+	__u8 padding[7];
 };
 
 /* What to do about a vCPU event. */
@@ -323,6 +386,15 @@ struct kvmi_vcpu_event_reply {
 	__u8 event;		/* the one that this is the reply to */
 	__u16 padding1;
 	__u32 padding2;
+};
+
+/* These follow the reply to a CR or MSR event: what the register gets. */
+struct kvmi_vcpu_event_cr_reply {
+	__u64 new_val;
+};
+
+struct kvmi_vcpu_event_msr_reply {
+	__u64 new_val;
 };
 
 /* Handshake, VMM to tool. */

@@ -2,7 +2,10 @@
 
 //! What a host does with a stream of bytes from a tool.
 
-use kvmi_abi::{ioctl::Feature, policy::MaskChange, wire::Header, Policy, Reject, Request};
+use kvmi_abi::{
+    guest_control::is_controllable_msr, ioctl::Feature, policy::MaskChange,
+    vcpu_request::VcpuMessage, wire::Header, Policy, Reject, Request, VcpuRequest,
+};
 use zerocopy::FromBytes as _;
 
 /// The largest part of a request that is memory, in bytes.
@@ -18,6 +21,11 @@ pub fn run(mut stream: &[u8]) {
         match Request::parse(&header, payload, &policy) {
             Ok(Request::ReadPhysical { gpa, len }) => check_range(gpa, len),
             Ok(Request::WritePhysical { gpa, data }) => check_range(gpa, data.len()),
+            Ok(Request::Vcpu(message)) => check_vcpu_request(&message, &policy),
+            Ok(Request::EventReply(answer)) => {
+                let wanted = answer.event.has_new_value();
+                assert_eq!(answer.new_value.is_some(), wanted);
+            }
             Ok(_) | Err(Reject::Reply(_)) => {}
             Err(Reject::Close(_)) => return,
         }
@@ -38,6 +46,14 @@ fn policy(seed: u8) -> Policy {
         }
     }
     policy
+}
+
+fn check_vcpu_request(message: &VcpuMessage<'_>, policy: &Policy) {
+    match VcpuRequest::parse(message.command, message.payload, policy) {
+        Ok(VcpuRequest::ControlMsr { msr, .. }) => assert!(is_controllable_msr(msr)),
+        Ok(VcpuRequest::GetRegisters(msrs)) => assert_eq!(msrs.indices().count(), msrs.len()),
+        Ok(_) | Err(_) => {}
+    }
 }
 
 fn check_range(gpa: u64, len: usize) {

@@ -6,6 +6,7 @@
 use kvmi_abi::{
     arch::Regs,
     command::ControlEvents,
+    guest_control::{ControlCr, ControlMsr},
     id::VCPU_EVENT,
     ioctl::Feature,
     policy::MaskChange,
@@ -57,7 +58,19 @@ impl Expectation {
             Err(_) => only(&[KvmiError::Inval]),
             Ok(VcpuRequest::SetRegisters(_)) if !waiting => only(&[KvmiError::OpNotSupp]),
             Ok(VcpuRequest::SetRegisters(_)) => may(0, &[]),
-            Ok(VcpuRequest::ControlEvents { .. }) => may(0, &[]),
+            // Not every CPU can do that.
+            Ok(
+                VcpuRequest::ControlEvents {
+                    event: Event::Descriptor,
+                    ..
+                }
+                | VcpuRequest::ControlSinglestep(_),
+            ) => may(0, &[KvmiError::OpNotSupp]),
+            Ok(
+                VcpuRequest::ControlEvents { .. }
+                | VcpuRequest::ControlCr { .. }
+                | VcpuRequest::ControlMsr { .. },
+            ) => may(0, &[]),
             Ok(VcpuRequest::GetRegisters(msrs)) if msrs.is_empty() => may(472, &[]),
             Ok(VcpuRequest::GetRegisters(msrs)) => may(472 + 16 * msrs.len(), &[KvmiError::Inval]),
             Ok(VcpuRequest::GetCpuid(_)) => may(16, &[KvmiError::NoEnt]),
@@ -115,6 +128,23 @@ pub fn vcpu_request(rng: &mut Rng, command: Command) -> Vec<u8> {
             let error_code = if nr == 8 { 0 } else { rng.below(32) as u32 };
             exception(nr, error_code, rng.next()).as_bytes().to_vec()
         }
+        Command::VcpuControlCr => {
+            let control = ControlCr {
+                cr: rng.pick(&[0, 3, 4, 8]),
+                enable: rng.below(2) as u8,
+                ..Default::default()
+            };
+            control.as_bytes().to_vec()
+        }
+        Command::VcpuControlMsr => {
+            let control = ControlMsr {
+                enable: rng.below(2) as u8,
+                msr: rng.pick(&[0x174, 0x277, 0xc000_0082, 0x2000, 0x4000_0000]),
+                ..Default::default()
+            };
+            control.as_bytes().to_vec()
+        }
+        Command::VcpuControlSinglestep => vec![rng.below(2) as u8],
         Command::VcpuGetXcr => vec![0; 8],
         Command::VcpuSetRegisters => vec![0; size_of::<Regs>()],
         Command::VcpuSetXsave => vec![0; XSAVE_SIZE],
@@ -170,7 +200,8 @@ impl Model {
         let message = self.tool.next();
         if message.header.id == VCPU_EVENT {
             let event = Paused::from(&message);
-            assert!(matches!(event.event, Event::Pause | Event::Trap));
+            let expected = matches!(event.event, Event::Pause | Event::Trap | Event::Singlestep);
+            assert!(expected, "{event:?}");
             let same = self.held.iter().any(|held| held.vcpu == event.vcpu);
             assert!(!same, "two events of vCPU {} at once", event.vcpu);
             self.held.push(event);

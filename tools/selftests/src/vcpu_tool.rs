@@ -9,6 +9,7 @@ use kvmi_abi::{
     arch::{Regs, Sregs, VcpuEventArch},
     command::ControlEvents,
     event::{EventHeader, VcpuEvent},
+    guest_event::SinglestepEvent,
     id::VCPU_EVENT,
     vcpu::{
         CpuidReply, EventReply, GetCpuid, GetRegisters, GetRegistersReply, InjectException,
@@ -68,6 +69,10 @@ impl Paused {
         match (&trap, &pf) {
             (Some(trap), _) => assert_eq!((trap.padding1, trap.padding2), (0, 0)),
             (_, Some(pf)) => expect_sound(pf, &arch),
+            _ if event == Event::Singlestep => {
+                let step = SinglestepEvent::read_from_bytes(specific).expect("8 bytes");
+                assert_eq!(step.padding, [0; 7]);
+            }
             _ => assert_eq!(specific.len(), 0, "bytes after a {event:?} event"),
         }
         Self {

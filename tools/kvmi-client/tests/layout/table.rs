@@ -58,6 +58,7 @@ macro_rules! describe {
 
 // Below the macro, which they use.
 mod access;
+mod guest_event;
 mod mem;
 mod vcpu;
 
@@ -67,6 +68,7 @@ pub fn structs() -> Vec<Struct> {
     all.extend(control());
     all.extend(registers());
     all.extend(vcpu::structs());
+    all.extend(guest_event::structs());
     all.extend(access::structs());
     all.extend(mem::structs());
     all
@@ -378,6 +380,7 @@ pub fn constants() -> Vec<(String, i64)> {
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();
+    all.extend(guest_event::constants().map(|(name, value)| (name.to_owned(), value)));
     all.extend(mem::constants().map(|(name, value)| (name.to_owned(), value)));
     all.extend(
         Command::ALL
