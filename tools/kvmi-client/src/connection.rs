@@ -5,6 +5,7 @@
 use std::{collections::VecDeque, os::fd::AsFd, time::Duration};
 
 use kvmi_abi::{
+    guest_event::NewValueReply,
     id::VCPU_EVENT,
     vcpu::EventReply,
     vcpu_request::Action,
@@ -196,23 +197,39 @@ impl<S: AsFd> Connection<S> {
 
     /// Replies to an event of a vCPU, which then runs on. That is due once for each event.
     ///
-    /// [`Action::Retry`] is for events that interrupt an instruction; the host closes the
-    /// connection if it gets that for another one.
+    /// If the guest writes a register it gets what the guest has written; see
+    /// [`Self::reply_value`] for another value. [`Action::Retry`] is for events that interrupt an
+    /// instruction; the host closes the connection if it gets that for another one.
     pub fn reply_event(&mut self, event: &VcpuEvent, action: Action) -> Result<()> {
-        const SIZE: u16 = 16;
-        const _: () = assert!(size_of::<EventReply>() == SIZE as usize);
+        self.send_reply(event, action, event.kind.new_value())
+    }
+
+    /// Replies to an event of a register that the guest writes that the register shall get `value`
+    /// instead. The old one leaves it as it is; one that the guest could not have written is
+    /// refused as if the guest had.
+    pub fn reply_value(&mut self, event: &VcpuEvent, value: u64) -> Result<()> {
+        match event.kind.new_value() {
+            Some(_) => self.send_reply(event, Action::Continue, Some(value)),
+            None => Err(Error::NoValue(event.kind.id())),
+        }
+    }
+
+    fn send_reply(&mut self, event: &VcpuEvent, action: Action, value: Option<u64>) -> Result<()> {
         let reply = EventReply {
             vcpu: vcpu_header(event.vcpu),
             action: action.code(),
             event: event.kind.id(),
             ..Default::default()
         };
+        let value = value.map(|new_val| NewValueReply { new_val });
+        let value = value.as_ref().map_or(&[][..], |value| value.as_bytes());
+        let payload = [reply.as_bytes(), value].concat();
         let header = Header {
             id: VCPU_EVENT,
-            size: SIZE,
+            size: message_size(payload.len())?,
             seq: event.seq,
         };
-        self.exchange(|connection| connection.send_raw(&header, reply.as_bytes()))
+        self.exchange(|connection| connection.send_raw(&header, &payload))
     }
 
     /// Gives up the connection. The host then lets all vCPUs run on, those included that wait for

@@ -57,6 +57,9 @@ pub enum Error {
     /// be.
     #[error("the range goes beyond the end of the address space, or the request is too large")]
     Range,
+    /// A value was to be the reply to an event that has no use for one.
+    #[error("the reply to event {0} carries no value")]
+    NoValue(u8),
     /// The other side does not know the secret of the handshake.
     #[error("the cookie of the other side is wrong")]
     Cookie,
@@ -68,7 +71,10 @@ pub enum Error {
 impl Error {
     /// Whether the connection can be used after this error.
     pub fn is_recoverable(&self) -> bool {
-        matches!(self, Self::Kvmi(..) | Self::Range | Self::Unmapped(_))
+        matches!(
+            self,
+            Self::Kvmi(..) | Self::Range | Self::Unmapped(_) | Self::NoValue(_)
+        )
     }
 }
 
@@ -116,6 +122,14 @@ pub enum ProtocolError {
     /// An access to a page of no kind that exists.
     #[error("impossible kind of access {0:#x}")]
     ImpossibleAccess(u8),
+    /// An event of a register that does not exist, or cannot make such events.
+    #[error("impossible register {register} in event {event}")]
+    ImpossibleRegister {
+        /// Which event.
+        event: u8,
+        /// The number of the register.
+        register: u8,
+    },
     /// Registers with other MSRs than those asked for.
     #[error("the registers come with other MSRs than asked for")]
     WrongMsrs,

@@ -2,16 +2,17 @@
 
 //! Events, decoded.
 
+mod kind;
+
 use kvmi_abi::{
-    access::{PfEvent, GVA_UNKNOWN},
     arch::VcpuEventArch,
     event::{EventHeader, VcpuEvent as Common},
     id::{VCPU_EVENT, VM_EVENT},
-    vcpu::TrapEvent,
     Event as EventId,
 };
 
-use crate::{access::Access, decoder::Message, error::ProtocolError};
+pub use self::kind::VcpuEventKind;
+use crate::{decoder::Message, error::ProtocolError};
 
 /// Something that the host tells without being asked.
 #[derive(Clone, Debug)]
@@ -48,92 +49,6 @@ pub struct VcpuEvent {
     /// What has happened.
     pub kind: VcpuEventKind,
 }
-
-/// What has happened on a vCPU.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum VcpuEventKind {
-    /// The vCPU was paused on request.
-    Pause,
-    /// An exception is about to be delivered: that which was injected, or another one that has
-    /// taken its place.
-    Trap {
-        /// Its vector, or [`NO_EXCEPTION`](kvmi_abi::vcpu::NO_EXCEPTION) if the injected exception
-        /// got lost.
-        nr: u8,
-        /// Its error code, if it has one.
-        error_code: u32,
-        /// CR2 for a page fault.
-        address: u64,
-    },
-    /// The guest tries what it is denied, see [`Connection::set_page_access`]. Nothing is done yet:
-    /// [`Action::Continue`] has the instruction do it this once, [`Action::Retry`] has the vCPU try
-    /// again, or go on where its registers were set to. An instruction makes one event for each
-    /// page and kind of access, as far as it gets.
-    ///
-    /// [`Connection::set_page_access`]: crate::Connection::set_page_access
-    /// [`Action::Continue`]: crate::Action::Continue
-    /// [`Action::Retry`]: crate::Action::Retry
-    Pf {
-        /// Virtual address, if it is known.
-        gva: Option<u64>,
-        /// Guest physical address of the first byte in the page.
-        gpa: u64,
-        /// What the guest tries.
-        access: Access,
-    },
-    /// An event that this version of the crate does not know.
-    Unknown {
-        /// Which event.
-        id: u8,
-        /// What is specific to the event.
-        data: Vec<u8>,
-    },
-}
-
-impl VcpuEventKind {
-    /// The event's id, as the reply has it.
-    pub fn id(&self) -> u8 {
-        match self {
-            Self::Pause => PAUSE,
-            Self::Trap { .. } => TRAP,
-            Self::Pf { .. } => PF,
-            Self::Unknown { id, .. } => *id,
-        }
-    }
-
-    fn decode(id: u8, data: &[u8]) -> Result<Self, ProtocolError> {
-        Ok(match id {
-            PAUSE => Self::Pause,
-            TRAP => {
-                let (trap, _) = split::<TrapEvent>(data)?;
-                Self::Trap {
-                    nr: trap.nr,
-                    error_code: trap.error_code,
-                    address: trap.address,
-                }
-            }
-            PF => {
-                let (pf, _) = split::<PfEvent>(data)?;
-                let access = Access::from_bits(pf.access).filter(|access| !access.is_empty());
-                Self::Pf {
-                    gva: Some(pf.gva).filter(|gva| *gva != GVA_UNKNOWN),
-                    gpa: pf.gpa,
-                    access: access.ok_or(ProtocolError::ImpossibleAccess(pf.access))?,
-                }
-            }
-            _ => Self::Unknown {
-                id,
-                data: data.to_vec(),
-            },
-        })
-    }
-}
-
-// Ids of events are below 32, so nothing is lost.
-const PAUSE: u8 = EventId::Pause.id() as u8;
-const TRAP: u8 = EventId::Trap.id() as u8;
-const PF: u8 = EventId::Pf.id() as u8;
 
 /// Splits a `T` off the start of `bytes`.
 fn split<T: zerocopy::FromBytes>(bytes: &[u8]) -> Result<(T, &[u8]), ProtocolError> {
@@ -194,148 +109,4 @@ impl VcpuEvent {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use kvmi_abi::wire::Header;
-    use zerocopy::IntoBytes as _;
-
-    fn message(id: u16, payload: &[u8]) -> Message {
-        let header = Header {
-            id,
-            size: payload.len().try_into().unwrap(),
-            seq: 3,
-        };
-        Message {
-            header,
-            payload: payload.to_vec(),
-        }
-    }
-
-    fn vcpu_event(event: u16, size: u16, rest: &[u8]) -> Message {
-        let header = EventHeader {
-            event,
-            ..Default::default()
-        };
-        let mut common = Common {
-            size,
-            vcpu: 2,
-            ..Default::default()
-        };
-        common.arch.regs.rip = 0x1234;
-        message(
-            VCPU_EVENT,
-            &[header.as_bytes(), common.as_bytes(), rest].concat(),
-        )
-    }
-
-    #[test]
-    fn unhook_and_replies_are_told_apart() {
-        let unhook = Event::decode(&message(VM_EVENT, &[0; 8])).unwrap();
-        assert!(matches!(unhook, Some(Event::Unhook { seq: 3 })));
-        assert!(Event::decode(&message(8, &[0; 8])).unwrap().is_none());
-    }
-
-    fn decoded(message: &Message) -> VcpuEvent {
-        match Event::decode(message).unwrap() {
-            Some(Event::Vcpu(event)) => *event,
-            event => panic!("not a vCPU event: {event:?}"),
-        }
-    }
-
-    #[test]
-    fn data_of_a_vcpu_event_begins_where_its_size_says() {
-        for (size, rest, data) in [
-            (544, &[1, 2, 3][..], &[1, 2, 3][..]),
-            (546, &[1, 2, 3], &[3]),
-            (547, &[1, 2, 3], &[]),
-        ] {
-            let event = decoded(&vcpu_event(5, size, rest));
-            assert_eq!((event.vcpu, event.seq), (2, 3));
-            assert_eq!(event.arch.regs.rip, 0x1234);
-            assert_eq!(event.kind.id(), 5);
-            let data = data.to_vec();
-            assert_eq!(event.kind, VcpuEventKind::Unknown { id: 5, data });
-        }
-    }
-
-    #[test]
-    fn known_events_have_their_fields() {
-        let pause = decoded(&vcpu_event(1, 544, &[]));
-        assert_eq!((pause.kind.id(), pause.kind), (1, VcpuEventKind::Pause));
-
-        let trap = TrapEvent {
-            nr: 14,
-            error_code: 2,
-            address: 0xdead_0000,
-            ..Default::default()
-        };
-        // A newer host may tell more.
-        let longer = [&[0xee; 8], trap.as_bytes(), &[0xff; 3]].concat();
-        let event = decoded(&vcpu_event(9, 552, &longer));
-        let expected = VcpuEventKind::Trap {
-            nr: 14,
-            error_code: 2,
-            address: 0xdead_0000,
-        };
-        assert_eq!((event.kind.id(), event.kind), (9, expected));
-        let cut = Event::decode(&vcpu_event(9, 544, &trap.as_bytes()[..15])).unwrap_err();
-        let size = ProtocolError::Size {
-            got: 15,
-            wanted: 16,
-        };
-        assert_eq!(cut, size);
-    }
-
-    #[test]
-    fn denied_access_has_one_address_or_two() {
-        let pf = |gva, access| PfEvent {
-            gva,
-            gpa: 0x5008,
-            access,
-            ..Default::default()
-        };
-        for (gva, known) in [(0x1008, Some(0x1008)), (u64::MAX, None)] {
-            let event = decoded(&vcpu_event(17, 544, pf(gva, 2).as_bytes()));
-            let expected = VcpuEventKind::Pf {
-                gva: known,
-                gpa: 0x5008,
-                access: Access::W,
-            };
-            assert_eq!((event.kind.id(), event.kind), (17, expected));
-        }
-        for access in [0, 8, 0xff] {
-            let event = Event::decode(&vcpu_event(17, 544, pf(0, access).as_bytes()));
-            let error = event.unwrap_err();
-            assert_eq!(error, ProtocolError::ImpossibleAccess(access));
-        }
-        assert!(Event::decode(&vcpu_event(17, 544, &pf(0, 2).as_bytes()[..23])).is_err());
-    }
-
-    #[test]
-    fn unknown_event_of_the_vm_is_kept() {
-        let event = Event::decode(&message(VM_EVENT, &[2, 0, 0, 0, 0, 0, 0, 0, 7, 8])).unwrap();
-        let Some(Event::Unknown { id, seq, data }) = event else {
-            panic!("not unknown: {event:?}");
-        };
-        assert_eq!((id, seq, data), (2, 3, vec![7, 8]));
-    }
-
-    #[test]
-    fn impossible_sizes_and_ids_are_errors() {
-        for size in [0, 543, 548, u16::MAX] {
-            let error = Event::decode(&vcpu_event(1, size, &[1, 2, 3])).unwrap_err();
-            assert!(matches!(error, ProtocolError::Size { .. }), "{error}");
-        }
-        for (message, id) in [
-            (vcpu_event(2, 544, &[]), 2),
-            (vcpu_event(0, 544, &[]), 0),
-            (vcpu_event(257, 544, &[]), 257),
-            (message(VM_EVENT, &[1, 0, 0, 0, 0, 0, 0, 0]), 1),
-        ] {
-            let error = Event::decode(&message).unwrap_err();
-            assert_eq!(error, ProtocolError::ImpossibleEvent(id));
-        }
-        assert!(Event::decode(&message(VM_EVENT, &[0; 7])).is_err());
-        assert!(Event::decode(&message(VCPU_EVENT, &[1, 0, 0, 0, 0, 0, 0, 0])).is_err());
-    }
-}
+mod tests;

@@ -11,6 +11,8 @@ use std::os::fd::AsFd;
 use kvmi_abi::{
     arch::Regs,
     command::ControlEvents,
+    guest_control::{ControlCr, ControlMsr, ControlSinglestep},
+    guest_event::Cr,
     vcpu::{
         CpuidReply, GetCpuid, GetMtrrType, GetRegisters, GetXcr, InjectException, MtrrTypeReply,
         PauseVcpu, TranslateGva, TranslateGvaReply, VcpuInfo, XcrReply, GPA_UNMAPPED, XSAVE_SIZE,
@@ -65,6 +67,41 @@ impl<S: AsFd> Connection<S> {
             ..Default::default()
         };
         self.tell_vcpu(vcpu, Command::VcpuControlEvents, request.as_bytes())
+    }
+
+    /// Has writes to a control register make [`Cr`](crate::VcpuEventKind::Cr) events, as long as
+    /// that event is switched on; or not any more.
+    pub fn control_cr(&mut self, vcpu: u16, cr: Cr, enable: bool) -> Result<()> {
+        let request = ControlCr {
+            cr: cr.number(),
+            enable: enable.into(),
+            ..Default::default()
+        };
+        self.tell_vcpu(vcpu, Command::VcpuControlCr, request.as_bytes())
+    }
+
+    /// Has writes to an MSR make [`Msr`](crate::VcpuEventKind::Msr) events, as long as that event is
+    /// switched on; or not any more. `KVM_EINVAL` unless the MSR is
+    /// [one of those](kvmi_abi::guest_control::is_controllable_msr) that can, `KVM_EPERM` if the
+    /// VMM denies the guest to write it.
+    pub fn control_msr(&mut self, vcpu: u16, msr: u32, enable: bool) -> Result<()> {
+        let request = ControlMsr {
+            enable: enable.into(),
+            msr,
+            ..Default::default()
+        };
+        self.tell_vcpu(vcpu, Command::VcpuControlMsr, request.as_bytes())
+    }
+
+    /// Has each instruction make a [`Singlestep`](crate::VcpuEventKind::Singlestep) event, or not
+    /// any more. `KVM_EOPNOTSUPP` if the CPU cannot do that, as
+    /// [`Features::singlestep`](kvmi_abi::command::Features::singlestep) tells, too.
+    pub fn control_singlestep(&mut self, vcpu: u16, enable: bool) -> Result<()> {
+        let request = ControlSinglestep {
+            enable: enable.into(),
+            ..Default::default()
+        };
+        self.tell_vcpu(vcpu, Command::VcpuControlSinglestep, request.as_bytes())
     }
 
     /// Reads the registers, and the MSRs with the numbers `msrs`; `KVM_EINVAL` if one of those

@@ -77,8 +77,16 @@ impl Host {
 
     /// Receives the reply to an event; returns the vCPU, the event and the action.
     pub fn receive_reply(&mut self, seq: u32) -> (u16, u8, u8) {
-        let (header, payload) = self.receive();
+        let (reply, rest) = self.receive_reply_with_data(seq);
+        assert_eq!(rest, []);
+        reply
+    }
+
+    /// As [`Self::receive_reply`], for an event whose reply has more; returns that, too.
+    pub fn receive_reply_with_data(&mut self, seq: u32) -> ((u16, u8, u8), Vec<u8>) {
+        let (header, mut payload) = self.receive();
         assert_eq!((header.id, header.seq), (1, seq));
+        let rest = payload.split_off(size_of::<EventReply>());
         let reply = EventReply::read_from_bytes(&payload).unwrap();
         let expected = EventReply {
             vcpu: VcpuHeader {
@@ -90,7 +98,7 @@ impl Host {
             ..Default::default()
         };
         assert_eq!(reply, expected);
-        (reply.vcpu.vcpu, reply.event, reply.action)
+        ((reply.vcpu.vcpu, reply.event, reply.action), rest)
     }
 
     /// Answers `VCPU_GET_INFO` and `VM_PAUSE_VCPU` of a vCPU that can be paused.
