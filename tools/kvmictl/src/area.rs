@@ -82,8 +82,8 @@ impl Area {
         Ok(spans)
     }
 
-    /// The addresses that are meant, be they physical or virtual.
-    fn range(&self, size: Option<u64>, names: &Names) -> Result<Range<u64>> {
+    /// The addresses that are meant, be they physical or virtual. `size` as for [`Self::find`].
+    pub fn range(&self, size: Option<u64>, names: &Names) -> Result<Range<u64>> {
         let range = match self {
             Self::At(address) => {
                 let start = address.of(names)?;

@@ -3,6 +3,7 @@
 //! The command line.
 
 mod access;
+mod events;
 mod vcpu;
 
 use std::{path::PathBuf, time::Duration};
@@ -18,6 +19,7 @@ use crate::{
 };
 
 pub use access::{Guard, List as AccessList, Until, Watch};
+pub use events::{Kinds, Trace};
 pub use vcpu::{Cpuid, Inject, Pause, Regs, Top, Translate};
 
 /// Looks into running KVM guests, whatever VMM runs them.
@@ -94,6 +96,12 @@ pub enum Command {
     ///
     /// As `guard --deny w`, but for a few bytes: other writes to the same page are not reported.
     Watch(Watch),
+    /// Report what the guest does: writes to registers, hypercalls, and the like.
+    ///
+    /// As strace does for a process. Each line has the time since the beginning, the vCPU, where in the
+    /// guest the instruction is, and what it does; counters follow at the end. The guest goes on as if
+    /// nobody looked, but for the time that it takes: a register gets what the guest writes.
+    Trace(Trace),
     /// Show which pages of a VM are restricted.
     ///
     /// Does not hook the VM itself.

@@ -2,15 +2,10 @@
 
 //! `kvmictl guard` and `kvmictl watch`
 
-use std::{
-    os::fd::OwnedFd,
-    time::{Duration, Instant},
-};
+use std::{os::fd::OwnedFd, time::Instant};
 
 use anyhow::Result;
-use kvmi_client::{
-    Access, Action, Connection, Error, Event, EventId, KvmiError, VcpuEvent, VcpuEventKind,
-};
+use kvmi_client::{Access, Action, Connection, Error, EventId, VcpuEvent, VcpuEventKind};
 
 use crate::{
     address::no_symbols,
@@ -22,17 +17,14 @@ use crate::{
         spans::Spans,
     },
     output::Output,
+    serve::{self, Handler, Roster},
     session::Session,
     symbols::Names,
-    wait::{End, Waiter},
 };
 
 mod attempt;
 mod report;
 mod spans;
-
-/// How often to look for vCPUs that the guest has started meanwhile, or has got.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// What is guarded, and how.
 struct Order<'a> {
@@ -91,19 +83,15 @@ impl Order<'_> {
         let mut report = Report::new(subject, output);
         report.begin(&guard, pages)?;
 
-        let outcome = guard.serve(&mut session.vm, &waiter, &mut report);
-        let end = match outcome {
-            Err(error) if is_closed(&error) && waiter.vmm_has_ended()? => End::VmEnded,
-            outcome => outcome?,
+        let (until, begun) = (self.until, guard.begun);
+        let mut serving = Serving {
+            guard: &mut guard,
+            report: &mut report,
         };
-        if end == End::VmEnded {
-            // There is nothing left to unhook.
-            drop(session);
-        } else {
-            // This lifts the restrictions, and whoever waits for a reply goes on.
-            session.close()?;
-        }
-        report.end(&guard, end)
+        let outcome = serve::serve(&mut serving, &mut session.vm, &waiter, until, begun);
+        let stop = serve::judge(outcome, &waiter)?;
+        serve::close(session, stop)?;
+        report.end(&guard, stop)
     }
 
     /// Restricts the pages while the VM stands still, all of them at the same moment for the guest.
@@ -125,10 +113,8 @@ impl Order<'_> {
             names,
             deny: self.deny,
             block: self.block,
-            until: self.until,
             begun: Instant::now(),
-            known: 0,
-            unseen: Vec::new(),
+            roster: Roster::default(),
             reported: 0,
             unreported: 0,
         };
@@ -147,12 +133,8 @@ struct Guard {
     names: Names,
     deny: Access,
     block: bool,
-    until: cli::Until,
     begun: Instant,
-    /// How many vCPUs there are, as far as is known.
-    known: u16,
-    /// Those of them that the guest has not started.
-    unseen: Vec<u16>,
+    roster: Roster,
     reported: u64,
     /// Accesses to the same pages that are nobody's business.
     unreported: u64,
@@ -162,79 +144,40 @@ impl Guard {
     /// Switches the event on on vCPUs where it is not yet: what they are denied would be permitted
     /// silently.
     fn look_for_vcpus(&mut self, vm: &mut Connection<OwnedFd>) -> Result<(), Error> {
-        // Indices have 16 bits.
-        let count = u16::try_from(vm.get_info()?.vcpu_count).unwrap_or(u16::MAX);
-        let new = self.known..count;
-        self.known = count;
-        let mut unseen = Vec::new();
-        for vcpu in std::mem::take(&mut self.unseen).into_iter().chain(new) {
-            match vm.vcpu_control_events(vcpu, EventId::Pf, true) {
-                Ok(()) => {}
-                Err(Error::Kvmi(KvmiError::Again, _)) => unseen.push(vcpu),
-                Err(error) => return Err(error),
-            }
-        }
-        self.unseen = unseen;
-        Ok(())
+        let prepare =
+            |vm: &mut Connection<OwnedFd>, vcpu| vm.vcpu_control_events(vcpu, EventId::Pf, true);
+        self.roster.prepare(vm, prepare)
+    }
+}
+
+/// A guard at work.
+struct Serving<'g, 'o> {
+    guard: &'g mut Guard,
+    report: &'g mut Report<'o>,
+}
+
+impl Handler for Serving<'_, '_> {
+    fn look_for_vcpus(&mut self, vm: &mut Connection<OwnedFd>) -> Result<(), Error> {
+        self.guard.look_for_vcpus(vm)
     }
 
-    /// Replies to events until it is time to stop.
-    fn serve(
-        &mut self,
-        vm: &mut Connection<OwnedFd>,
-        waiter: &Waiter,
-        report: &mut Report<'_>,
-    ) -> Result<End> {
-        let mut looked = Instant::now();
-        loop {
-            let event = vm.try_event()?;
-            let idle = event.is_none();
-            if let Some(Event::Vcpu(event)) = event {
-                self.handle(vm, &event, report)?;
-            }
-            let left = self.time_left();
-            if left == Some(Duration::ZERO) || self.until.count == Some(self.reported) {
-                return Ok(End::Timeout);
-            }
-            if looked.elapsed() >= LOOK {
-                self.look_for_vcpus(vm)?;
-                looked = Instant::now();
-            }
-            let pause = if idle {
-                left.map_or(LOOK, |left| left.min(LOOK))
-            } else {
-                Duration::ZERO
-            };
-            match waiter.wait_for_message(Some(pause))? {
-                // There are more events, or it is time to look.
-                None | Some(End::Timeout) => {}
-                Some(end) => return Ok(end),
-            }
-        }
+    fn count(&self) -> u64 {
+        self.guard.reported
     }
 
-    fn time_left(&self) -> Option<Duration> {
-        let duration = self.until.duration?;
-        Some(duration.saturating_sub(self.begun.elapsed()))
-    }
-
-    fn handle(
-        &mut self,
-        vm: &mut Connection<OwnedFd>,
-        event: &VcpuEvent,
-        report: &mut Report<'_>,
-    ) -> Result<()> {
+    fn handle(&mut self, vm: &mut Connection<OwnedFd>, event: &VcpuEvent) -> Result<()> {
         let VcpuEventKind::Pf { gva, gpa, access } = event.kind else {
             // A TRAP event: an exception that was injected is on its way.
             return Ok(vm.reply_event(event, Action::Continue)?);
         };
+        let guard = &mut *self.guard;
         let mut attempt = Attempt::new(event, gva, gpa, access);
-        let Some(span) = attempt.hit(&self.spans, vm)? else {
-            self.unreported += 1;
+        let Some(span) = attempt.hit(&guard.spans, vm)? else {
+            guard.unreported += 1;
             return Ok(vm.reply_event(event, Action::Continue)?);
         };
         let target = span.virtual_address(gpa);
-        let verdict = if self.block {
+        let verdict = if guard.block {
             attempt.refuse(vm)?
         } else {
             Verdict::Permitted
@@ -244,68 +187,7 @@ impl Guard {
             Verdict::Skipped | Verdict::Faulted => Action::Retry,
         };
         vm.reply_event(event, action)?;
-        self.reported += 1;
-        report.access(&self.names, &attempt, target, verdict)
-    }
-}
-
-fn is_closed(error: &anyhow::Error) -> bool {
-    matches!(
-        error.downcast_ref::<Error>(),
-        Some(Error::Closed | Error::Unusable)
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::tests::with_script;
-    use kvmi_client::{
-        abi::wire::{Header, ReplyHead},
-        Command,
-    };
-
-    #[test]
-    fn vcpus_get_their_events_when_they_are_started_or_added() {
-        let mut guard = Guard {
-            spans: Spans::new(Vec::new()),
-            names: Names::none(),
-            deny: Access::W,
-            block: false,
-            until: cli::Until::default(),
-            begun: Instant::now(),
-            known: 0,
-            unseen: Vec::new(),
-            reported: 0,
-            unreported: 0,
-        };
-        for (vcpus, dormant, asked) in [
-            (2, &[1][..], &[0, 1][..]),
-            (2, &[1], &[1]),
-            (4, &[3], &[1, 2, 3]),
-            (4, &[], &[3]),
-            (4, &[], &[]),
-        ] {
-            let mut seen = Vec::new();
-            let host = |header: &Header, payload: &[u8]| {
-                if header.id == Command::VmGetInfo.id() {
-                    let head = ReplyHead::success(header, 16).unwrap();
-                    let mut info = [0; 16];
-                    info[0] = vcpus;
-                    return [head.as_bytes(), &info].concat();
-                }
-                let vcpu = u16::from_ne_bytes([payload[0], payload[1]]);
-                assert_eq!(header.id, Command::VcpuControlEvents.id());
-                assert_eq!(payload[8..], [17, 0, 1, 0, 0, 0, 0, 0]);
-                seen.push(vcpu);
-                if dormant.contains(&vcpu) {
-                    let head = ReplyHead::failure(header, KvmiError::Again);
-                    return head.as_bytes().to_vec();
-                }
-                ReplyHead::success(header, 0).unwrap().as_bytes().to_vec()
-            };
-            with_script(host, |vm| guard.look_for_vcpus(vm)).unwrap();
-            assert_eq!((&seen[..], &guard.unseen[..]), (asked, dormant));
-        }
+        guard.reported += 1;
+        self.report.access(&guard.names, &attempt, target, verdict)
     }
 }

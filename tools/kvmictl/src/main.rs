@@ -7,6 +7,7 @@ mod address;
 mod allow;
 mod area;
 mod attach;
+mod bits;
 mod cli;
 mod cpuid;
 mod dump;
@@ -31,6 +32,7 @@ mod read;
 mod regs;
 mod scanner;
 mod select;
+mod serve;
 mod session;
 mod state;
 mod stats;
@@ -38,6 +40,7 @@ mod symbols;
 mod table;
 mod tasks;
 mod top;
+mod trace;
 mod translate;
 mod wait;
 mod write;
@@ -83,6 +86,7 @@ fn run(command: &Command, output: &mut Output) -> anyhow::Result<()> {
         Command::Top(arguments) => top::run(arguments, output),
         Command::Guard(arguments) => guard::run(arguments, output),
         Command::Watch(arguments) => guard::watch(arguments, output),
+        Command::Trace(arguments) => trace::run(arguments, output),
         Command::Access(arguments) => access::run(arguments, output),
         Command::Introspector(arguments) => introspector::run(arguments, output),
         Command::Tasks(arguments) => tasks::run(arguments, output),

@@ -168,6 +168,18 @@ fn connection_hint(error: &Error) -> Option<&'static str> {
             "a page must have memory, and the CPU must know such a restriction: whoever may write may \
              read, and only some Intel CPUs can execute what cannot be read"
         }
+        Error::Kvmi(KvmiError::Inval, Command::VcpuControlEvents) | Error::Kvmi(KvmiError::NoSys, _) => {
+            "load a newer kvmi_host where the VM runs"
+        }
+        Error::Kvmi(KvmiError::Busy, Command::VcpuControlEvents) => {
+            "the VMM debugs the guest, and has its breakpoints: end that first"
+        }
+        Error::Kvmi(KvmiError::OpNotSupp, Command::VcpuControlEvents) => {
+            "this CPU cannot tell of that"
+        }
+        Error::Kvmi(KvmiError::Perm, Command::VcpuControlMsr) => {
+            "the VMM does not let the guest write this MSR, or whoever hooked the VM does not allow this"
+        }
         Error::Kvmi(KvmiError::Again, _) => "the guest has not started this vCPU yet",
         Error::VcpuTimeout { .. } | Error::NotPaused(_) => {
             "the VMM may have stopped the VM: let it run on (QEMU: cont)"

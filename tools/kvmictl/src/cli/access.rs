@@ -59,7 +59,7 @@ pub struct Watch {
 #[derive(Args, Clone, Copy, Debug, Default)]
 #[group(skip)]
 pub struct Until {
-    /// Stop after so many accesses.
+    /// Stop after so many reports.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
     /// Stop after this time, in seconds.

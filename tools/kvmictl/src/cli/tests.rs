@@ -54,6 +54,10 @@ fn every_command_is_understood() {
         "kvmictl guard _stext.._etext __start_rodata..__end_rodata --watch --symbols System.map",
         "kvmictl watch 0x1008 --size 8 --pid 5",
         "kvmictl watch init_uts_ns --symbols System.map --count 1",
+        "kvmictl trace --cr 0,CR3 --cr 4 --msr LSTAR,EFER,0x174 --count 3 --for 0.5 --json",
+        "kvmictl trace --xsetbv --descriptors --hypercall --breakpoint --vcpu 0,1 --summary",
+        "kvmictl trace --cr 3 --value 0x1000 --rip schedule --symbols System.map --pid 5",
+        "kvmictl trace --msr IA32_EFER --listen vsock:4711 --rip _stext.._etext",
         "kvmictl access --pid 5",
         "kvmictl stats --pid 5",
         "kvmictl read --listen vsock:4711 --map 0 8",
@@ -80,7 +84,13 @@ fn wrong_use_is_refused() {
     ] {
         assert_eq!(refused(line), ErrorKind::ArgumentConflict, "{line}");
     }
-    for line in ["kvmictl attach", "kvmictl write 0", "kvmictl read 0"] {
+    for line in [
+        "kvmictl attach",
+        "kvmictl write 0",
+        "kvmictl read 0",
+        "kvmictl trace",
+        "kvmictl trace --summary",
+    ] {
         assert_eq!(refused(line), ErrorKind::MissingRequiredArgument, "{line}");
     }
     for line in [
@@ -94,6 +104,11 @@ fn wrong_use_is_refused() {
         "kvmictl guard 1 --deny s",
         "kvmictl guard 1 --deny -",
         "kvmictl watch 1 --size x",
+        "kvmictl trace --cr 2",
+        "kvmictl trace --cr 8",
+        "kvmictl trace --msr 0x2000",
+        "kvmictl trace --msr KVM_STEAL_TIME",
+        "kvmictl trace --cr 3 --rip 2..1",
         "kvmictl info --uuid x",
         "kvmictl pause --for x",
         "kvmictl regs --vcpu 65536",

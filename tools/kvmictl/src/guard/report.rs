@@ -12,9 +12,9 @@ use super::{
 };
 use crate::{
     output::{gpa, hex, size, Output},
+    serve::Stop,
     session::Subject,
     symbols::{Names, Printed},
-    wait::End,
 };
 
 /// Prints what happens.
@@ -55,7 +55,7 @@ impl<'a> Report<'a> {
                 "pages": pages,
                 "denied": guard.deny.to_string(),
                 "block": guard.block,
-                "dormant": guard.unseen,
+                "dormant": guard.roster.dormant(),
             }))?;
         } else {
             let what = if guard.block { "blocking" } else { "watching" };
@@ -64,8 +64,8 @@ impl<'a> Report<'a> {
                 guard.deny,
                 size(bytes),
             );
-            if !guard.unseen.is_empty() {
-                line += &format!("; {} vCPUs not started yet", guard.unseen.len());
+            if !guard.roster.dormant().is_empty() {
+                line += &format!("; {} vCPUs not started yet", guard.roster.dormant().len());
             }
             self.output.line(line + "; interrupt to stop")?;
         }
@@ -116,19 +116,13 @@ impl<'a> Report<'a> {
     }
 
     /// The guest does as it likes again.
-    pub fn end(&mut self, guard: &Guard, end: End) -> Result<()> {
+    pub fn end(&mut self, guard: &Guard, stop: Stop) -> Result<()> {
         let (accesses, seconds) = (guard.reported, guard.begun.elapsed().as_secs_f64());
-        let reason = match end {
-            End::VmEnded | End::ToolHungUp => "vm",
-            End::Signal => "signal",
-            End::Timeout if guard.until.count == Some(accesses) => "count",
-            End::Timeout => "timeout",
-        };
         if self.output.is_json() {
             return Ok(self.output.json(&json!({
                 "state": "ended",
                 "pid": self.subject.pid,
-                "reason": reason,
+                "reason": stop.reason(),
                 "accesses": accesses,
                 "others": guard.unreported,
                 "seconds": seconds,
@@ -138,9 +132,9 @@ impl<'a> Report<'a> {
         if guard.unreported > 0 {
             line += &format!("; {} beside them in the same pages", guard.unreported);
         }
-        line += match end {
-            End::VmEnded | End::ToolHungUp => "; the VM has ended",
-            End::Signal | End::Timeout => "; no page is restricted any more",
+        line += match stop {
+            Stop::VmEnded => "; the VM has ended",
+            _ => "; no page is restricted any more",
         };
         Ok(self.output.line(line)?)
     }
