@@ -82,6 +82,13 @@ impl<S: AsFd> Paused<'_, S> {
         &self.dormant
     }
 
+    /// Takes a vCPU out of those that run on later: the reply to its event is up to the caller now.
+    /// Nothing if it is not one of [`Self::vcpus`].
+    pub fn take(&mut self, vcpu: u16) -> Option<VcpuEvent> {
+        let at = self.stopped.iter().position(|event| event.vcpu == vcpu)?;
+        Some(self.stopped.remove(at))
+    }
+
     /// Lets the vCPUs run on. Dropping does the same but tells no error.
     pub fn resume(mut self) -> Result<()> {
         self.release()

@@ -7,7 +7,7 @@ mod common;
 use std::{sync::mpsc, time::Duration};
 
 use common::{with_host, Host};
-use kvmi_client::{Command, Error, Event, KvmiError};
+use kvmi_client::{Action, Command, Error, Event, KvmiError};
 
 const LONG: Duration = Duration::from_secs(5);
 const SHORT: Duration = Duration::from_millis(50);
@@ -45,6 +45,30 @@ fn all_vcpus_are_paused_and_run_on_when_the_guard_is_dropped() {
         vm.get_info().unwrap();
         let event = vm.try_event().unwrap();
         assert!(matches!(event, Some(Event::Unhook { seq: 2 })));
+    });
+}
+
+#[test]
+fn vcpu_that_is_taken_does_not_run_on_with_the_others() {
+    let host = |mut host: Host| {
+        host.tell_vcpus(2);
+        host.accept_pause(0);
+        host.accept_pause(1);
+        host.vcpu_event(1, 0, 1, &[]);
+        host.vcpu_event(2, 1, 1, &[]);
+        assert_eq!(host.receive_reply(2), (1, PAUSE, CONTINUE));
+        host.tell_vcpus(2);
+        assert_eq!(host.receive_reply(1), (0, PAUSE, CONTINUE));
+    };
+    with_host(host, |mut vm| {
+        let mut paused = vm.pause_all(LONG).unwrap();
+        let taken = paused.take(0).unwrap();
+        assert!(paused.take(0).is_none());
+        let left: Vec<_> = paused.vcpus().iter().map(|event| event.vcpu).collect();
+        assert_eq!((taken.vcpu, &left[..]), (0, &[1][..]));
+        paused.resume().unwrap();
+        vm.get_info().unwrap();
+        vm.reply_event(&taken, Action::Continue).unwrap();
     });
 }
 

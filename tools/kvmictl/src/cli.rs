@@ -19,7 +19,7 @@ use crate::{
 };
 
 pub use access::{Guard, List as AccessList, Until, Watch};
-pub use events::{Kinds, Trace};
+pub use events::{Kinds, Step, Trace};
 pub use vcpu::{Cpuid, Inject, Pause, Regs, Top, Translate};
 
 /// Looks into running KVM guests, whatever VMM runs them.
@@ -102,6 +102,10 @@ pub enum Command {
     /// guest the instruction is, and what it does; counters follow at the end. The guest goes on as if
     /// nobody looked, but for the time that it takes: a register gets what the guest writes.
     Trace(Trace),
+    /// Execute single instructions of a vCPU, and print them.
+    ///
+    /// The other vCPUs stand still meanwhile.
+    Step(Step),
     /// Show which pages of a VM are restricted.
     ///
     /// Does not hook the VM itself.

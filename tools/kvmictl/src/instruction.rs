@@ -5,8 +5,8 @@
 use std::{ops::Range, os::fd::AsFd};
 
 use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, InstructionInfo, InstructionInfoFactory, OpAccess,
-    Register, UsedMemory,
+    Decoder, DecoderOptions, FlowControl, Formatter as _, InstructionInfo, InstructionInfoFactory,
+    IntelFormatter, OpAccess, Register, UsedMemory,
 };
 use kvmi_client::{
     abi::arch::{Regs, VcpuEventArch},
@@ -18,6 +18,7 @@ const LONGEST: u64 = 15;
 
 /// An instruction, and the state in which it is executed.
 pub struct Instruction<'a> {
+    bytes: Vec<u8>,
     code: iced_x86::Instruction,
     info: InstructionInfo,
     arch: &'a VcpuEventArch,
@@ -50,7 +51,42 @@ impl<'a> Instruction<'a> {
         let rip = arch.regs.rip;
         let code = Decoder::with_ip(bits, bytes, rip, DecoderOptions::NONE).decode();
         let info = InstructionInfoFactory::new().info(&code).clone();
-        (!code.is_invalid()).then_some(Self { code, info, arch })
+        let bytes = bytes.get(..code.len())?.to_vec();
+        (!code.is_invalid()).then_some(Self {
+            bytes,
+            code,
+            info,
+            arch,
+        })
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// It in the notation of Intel's manuals.
+    pub fn text(&self) -> String {
+        let mut formatter = IntelFormatter::new();
+        let options = formatter.options_mut();
+        options.set_hex_prefix("0x");
+        options.set_hex_suffix("");
+        options.set_uppercase_hex(false);
+        options.set_branch_leading_zeros(false);
+        options.set_rip_relative_addresses(true);
+        options.set_space_after_operand_separator(true);
+        let mut text = String::new();
+        formatter.format(&self.code, &mut text);
+        text
+    }
+
+    /// The virtual address that it names: where it jumps to, or what it accesses.
+    pub fn target(&self) -> Option<u64> {
+        if self.code.is_ip_rel_memory_operand() {
+            return Some(self.code.ip_rel_memory_address());
+        }
+        let target = self.code.near_branch_target();
+        (target != 0).then_some(target)
     }
 
     /// Where its bytes are.
@@ -222,6 +258,27 @@ mod tests {
         }
         assert!(Instruction::decode(&[0x48], &arch).is_none());
         assert!(Instruction::decode(&[], &arch).is_none());
+    }
+
+    #[test]
+    fn instructions_are_printed_with_what_they_name() {
+        let arch = arch(8);
+        for (bytes, text, target) in [
+            (&[0x55][..], "push rbp", None),
+            (&[0x48, 0x89, 0x47, 0x10], "mov [rdi+0x10], rax", None),
+            (&[0xe8, 0xfb, 0x0f, 0, 0], "call 0x2000", Some(0x2000)),
+            (&[0xeb, 0xfe], "jmp short 0x1000", Some(0x1000)),
+            (
+                &[0x48, 0x8b, 0x05, 0xf9, 0x1f, 0, 0],
+                "mov rax, [rip+0x1ff9]",
+                Some(0x3000),
+            ),
+        ] {
+            let longer = [bytes, &[0x90; 4]].concat();
+            let instruction = Instruction::decode(&longer, &arch).unwrap();
+            assert_eq!((instruction.bytes(), instruction.target()), (bytes, target));
+            assert_eq!(instruction.text(), text);
+        }
     }
 
     #[test]

@@ -36,6 +36,8 @@ mod serve;
 mod session;
 mod state;
 mod stats;
+mod step;
+mod stepper;
 mod symbols;
 mod table;
 mod tasks;
@@ -87,6 +89,7 @@ fn run(command: &Command, output: &mut Output) -> anyhow::Result<()> {
         Command::Guard(arguments) => guard::run(arguments, output),
         Command::Watch(arguments) => guard::watch(arguments, output),
         Command::Trace(arguments) => trace::run(arguments, output),
+        Command::Step(arguments) => step::run(arguments, output),
         Command::Access(arguments) => access::run(arguments, output),
         Command::Introspector(arguments) => introspector::run(arguments, output),
         Command::Tasks(arguments) => tasks::run(arguments, output),

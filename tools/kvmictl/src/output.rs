@@ -2,22 +2,35 @@
 
 //! The standard output.
 
-use std::io::{self, BufWriter, IsTerminal as _, Stdout, Write};
+use std::io::{self, BufWriter, IsTerminal as _, Write};
 
 use indicatif::BinaryBytes;
 use serde::Serialize;
 
 /// The standard output: text or JSON.
 pub struct Output {
-    to: BufWriter<Stdout>,
+    to: Box<dyn Write>,
+    terminal: bool,
     json: bool,
 }
 
 impl Output {
     /// The standard output of this process.
     pub fn new(json: bool) -> Self {
+        let to = io::stdout();
         Self {
-            to: BufWriter::new(io::stdout()),
+            terminal: to.is_terminal(),
+            to: Box::new(BufWriter::new(to)),
+            json,
+        }
+    }
+
+    /// An output of which nothing is seen.
+    #[cfg(test)]
+    pub fn discard(json: bool) -> Self {
+        Self {
+            to: Box::new(io::sink()),
+            terminal: false,
             json,
         }
     }
@@ -29,7 +42,7 @@ impl Output {
 
     /// Whether somebody looks at it directly.
     pub fn is_terminal(&self) -> bool {
-        self.to.get_ref().is_terminal()
+        self.terminal
     }
 
     /// Prints a value as one line of JSON.

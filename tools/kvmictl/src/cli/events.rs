@@ -74,6 +74,21 @@ pub struct Kinds {
     pub breakpoints: bool,
 }
 
+/// Arguments of `step`.
+#[derive(Args, Debug)]
+pub struct Step {
+    #[command(flatten)]
+    pub vm: Reach,
+    /// How many instructions.
+    #[arg(value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: u64,
+    /// Which vCPU.
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub vcpu: u16,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
+}
+
 fn control_register(text: &str) -> Result<Cr, String> {
     let number = text
         .strip_prefix("CR")

@@ -58,6 +58,7 @@ fn every_command_is_understood() {
         "kvmictl trace --xsetbv --descriptors --hypercall --breakpoint --vcpu 0,1 --summary",
         "kvmictl trace --cr 3 --value 0x1000 --rip schedule --symbols System.map --pid 5",
         "kvmictl trace --msr IA32_EFER --listen vsock:4711 --rip _stext.._etext",
+        "kvmictl step 10 --vcpu 1 --symbols System.map",
         "kvmictl access --pid 5",
         "kvmictl stats --pid 5",
         "kvmictl read --listen vsock:4711 --map 0 8",
@@ -90,6 +91,7 @@ fn wrong_use_is_refused() {
         "kvmictl read 0",
         "kvmictl trace",
         "kvmictl trace --summary",
+        "kvmictl step",
     ] {
         assert_eq!(refused(line), ErrorKind::MissingRequiredArgument, "{line}");
     }
@@ -109,6 +111,7 @@ fn wrong_use_is_refused() {
         "kvmictl trace --msr 0x2000",
         "kvmictl trace --msr KVM_STEAL_TIME",
         "kvmictl trace --cr 3 --rip 2..1",
+        "kvmictl step 0",
         "kvmictl info --uuid x",
         "kvmictl pause --for x",
         "kvmictl regs --vcpu 65536",
