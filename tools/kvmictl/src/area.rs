@@ -114,7 +114,7 @@ impl Area {
 
 /// Translates an address that is mapped on one of the vCPUs at least: not all of them need to be in
 /// the kernel.
-fn translate<S: AsFd>(vm: &mut Paused<'_, S>, gva: u64) -> Result<u64, Error> {
+pub fn translate<S: AsFd>(vm: &mut Paused<'_, S>, gva: u64) -> Result<u64, Error> {
     let vcpus: Vec<u16> = vm.vcpus().iter().map(|event| event.vcpu).collect();
     for vcpu in vcpus {
         if let Some(gpa) = vm.translate_gva(vcpu, gva)? {

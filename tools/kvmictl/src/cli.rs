@@ -19,7 +19,7 @@ use crate::{
 };
 
 pub use access::{Guard, List as AccessList, Until, Watch};
-pub use events::{Kinds, Step, Trace};
+pub use events::{Break, Kinds, Step, Trace};
 pub use vcpu::{Cpuid, Inject, Pause, Regs, Top, Translate};
 
 /// Looks into running KVM guests, whatever VMM runs them.
@@ -102,6 +102,16 @@ pub enum Command {
     /// guest the instruction is, and what it does; counters follow at the end. The guest goes on as if
     /// nobody looked, but for the time that it takes: a register gets what the guest writes.
     Trace(Trace),
+    /// Report when the guest gets to some instructions.
+    ///
+    /// Puts a breakpoint instruction (INT3) in front of each, into the guest's memory. Whoever hits one
+    /// executes the instruction that belongs there, while the other vCPUs stand still. Breakpoints of
+    /// the guest's own are its business.
+    ///
+    /// The memory is as before when kvmictl ends, unless it is killed by SIGKILL: a guest that hits a
+    /// breakpoint then crashes. So may one that starts another vCPU, and has it hit one within a second.
+    /// The addresses must be those of instructions, and of kernel code that the guest does not patch.
+    Break(Break),
     /// Execute single instructions of a vCPU, and print them.
     ///
     /// The other vCPUs stand still meanwhile.

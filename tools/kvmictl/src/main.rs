@@ -8,6 +8,7 @@ mod allow;
 mod area;
 mod attach;
 mod bits;
+mod breakpoints;
 mod cli;
 mod cpuid;
 mod dump;
@@ -89,6 +90,7 @@ fn run(command: &Command, output: &mut Output) -> anyhow::Result<()> {
         Command::Guard(arguments) => guard::run(arguments, output),
         Command::Watch(arguments) => guard::watch(arguments, output),
         Command::Trace(arguments) => trace::run(arguments, output),
+        Command::Break(arguments) => breakpoints::run(arguments, output),
         Command::Step(arguments) => step::run(arguments, output),
         Command::Access(arguments) => access::run(arguments, output),
         Command::Introspector(arguments) => introspector::run(arguments, output),

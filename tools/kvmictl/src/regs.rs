@@ -2,7 +2,7 @@
 
 //! `kvmictl regs`
 
-mod sets;
+pub mod sets;
 
 use std::{collections::BTreeMap, os::fd::AsFd};
 

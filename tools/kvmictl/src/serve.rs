@@ -178,6 +178,11 @@ impl Roster {
     pub fn dormant(&self) -> &[u16] {
         &self.dormant
     }
+
+    /// The vCPUs that are there, started or not.
+    pub fn all(&self) -> std::ops::Range<u16> {
+        0..self.known
+    }
 }
 
 #[cfg(test)]
@@ -218,6 +223,7 @@ mod tests {
                 })
             })
             .unwrap();
+            assert_eq!(roster.all(), 0..u16::from(*vcpus));
             asked.push(seen);
         }
         asked

@@ -7,6 +7,7 @@ use kvmi_client::abi::{guest_control::is_controllable_msr, guest_event::Cr};
 
 use super::{Reach, SymbolFile, Until};
 use crate::{
+    address::Address,
     area::Area,
     msr::{self, Msr},
     number,
@@ -72,6 +73,20 @@ pub struct Kinds {
     /// Breakpoint instructions of the guest's own.
     #[arg(long = "breakpoint", help_heading = "What to trace")]
     pub breakpoints: bool,
+}
+
+/// Arguments of `break`.
+#[derive(Args, Debug)]
+pub struct Break {
+    #[command(flatten)]
+    pub vm: Reach,
+    /// Virtual addresses of instructions: numbers, symbols such as do_exit, or SYMBOL+0x10.
+    #[arg(required = true, value_name = "ADDRESS|SYMBOL")]
+    pub addresses: Vec<Address>,
+    #[command(flatten)]
+    pub until: Until,
+    #[command(flatten)]
+    pub symbols: SymbolFile,
 }
 
 /// Arguments of `step`.

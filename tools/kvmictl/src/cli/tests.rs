@@ -58,6 +58,8 @@ fn every_command_is_understood() {
         "kvmictl trace --xsetbv --descriptors --hypercall --breakpoint --vcpu 0,1 --summary",
         "kvmictl trace --cr 3 --value 0x1000 --rip schedule --symbols System.map --pid 5",
         "kvmictl trace --msr IA32_EFER --listen vsock:4711 --rip _stext.._etext",
+        "kvmictl break 0xffffffff81000000 do_exit schedule+0x10 --symbols System.map",
+        "kvmictl break do_exit --count 1 --for 2 --pid 5",
         "kvmictl step 10 --vcpu 1 --symbols System.map",
         "kvmictl access --pid 5",
         "kvmictl stats --pid 5",
@@ -91,6 +93,7 @@ fn wrong_use_is_refused() {
         "kvmictl read 0",
         "kvmictl trace",
         "kvmictl trace --summary",
+        "kvmictl break",
         "kvmictl step",
     ] {
         assert_eq!(refused(line), ErrorKind::MissingRequiredArgument, "{line}");
@@ -111,6 +114,7 @@ fn wrong_use_is_refused() {
         "kvmictl trace --msr 0x2000",
         "kvmictl trace --msr KVM_STEAL_TIME",
         "kvmictl trace --cr 3 --rip 2..1",
+        "kvmictl break 0xg",
         "kvmictl step 0",
         "kvmictl info --uuid x",
         "kvmictl pause --for x",
