@@ -25,7 +25,7 @@ pub enum Scope {
 }
 
 /// Whether this version serves the events of what the guest does by itself, and their commands.
-const GUEST_EVENTS: bool = false;
+const GUEST_EVENTS: bool = true;
 
 /// Declares an id enum with its table: `Variant = number, "NAME", served`.
 macro_rules! ids {

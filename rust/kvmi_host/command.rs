@@ -19,7 +19,10 @@ use kvmi_abi::{
 use zerocopy::IntoBytes;
 
 use crate::{
-    kvm::Restriction,
+    kvm::{
+        can_trace,
+        Restriction, //
+    },
     session::Session, //
 };
 
@@ -70,7 +73,10 @@ pub(crate) fn execute<'a>(
             version: wire::VERSION,
             // Lossless: the constant is 8184.
             max_msg_size: wire::MAX_MSG_SIZE as u32,
-            features: Features::default(),
+            features: Features {
+                singlestep: can_trace().into(),
+                ..Features::default()
+            },
         }),
         Request::CheckCommand(id) => policy.check_command(id).map(|()| NOTHING),
         Request::CheckEvent(id) => policy.check_event(id).map(|()| NOTHING),

@@ -5,6 +5,7 @@
 //! C header: `include/linux/kvm_introspection.h`, added by `patches/`.
 
 mod access;
+mod event;
 mod map;
 mod provider;
 mod vcpu;
@@ -13,6 +14,10 @@ mod vm;
 pub(crate) use access::{
     Restriction,
     Violation, //
+};
+pub(crate) use event::{
+    can_trace,
+    GuestEvent, //
 };
 pub(crate) use map::{
     MapError,

@@ -66,6 +66,14 @@ module! {
             default: 0,
             description: "How long a vCPU waits for the tool, to reply to an event or to read, in milliseconds (0: for ever); then the tool is disconnected",
         },
+        hypercall_user: u8 {
+            default: 1,
+            description: "Whether user mode of a guest may call the tool (0 or 1)",
+        },
+        hypercall_rate: u32 {
+            default: 1000,
+            description: "How often user mode of a guest may call the tool, for each vCPU and second (0: as often as it likes)",
+        },
     },
 }
 

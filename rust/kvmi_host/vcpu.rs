@@ -10,6 +10,7 @@
 //! event not sent yet) is left as it is, and continued at the next `KVM_RUN`.
 
 mod access;
+mod event;
 mod inbox;
 mod work;
 
@@ -212,7 +213,7 @@ impl Vcpu {
         else {
             return false;
         };
-        outstanding.answer = Some(answer.action);
+        outstanding.answer = Some(*answer);
         outstanding.jobs_before = jobs_before;
         drop(inbox);
         self.remote.request();

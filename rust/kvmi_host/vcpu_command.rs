@@ -52,7 +52,7 @@ pub(crate) fn execute(
             },
         ),
         VcpuRequest::ControlEvents { event, enable } => {
-            vcpu.control_event(event, enable);
+            vcpu.control_event(current, event, enable)?;
             Ok(0)
         }
         VcpuRequest::GetRegisters(msrs) => get_registers(current, msrs, scratch),
@@ -65,10 +65,12 @@ pub(crate) fn execute(
         }
         VcpuRequest::GetCpuid(leaf) => put(scratch, &current.cpuid(leaf.function, leaf.index)?),
         VcpuRequest::InjectException(exception) => current.inject(&exception).map(|()| 0),
-        // Not served so far.
-        VcpuRequest::ControlCr { .. }
-        | VcpuRequest::ControlMsr { .. }
-        | VcpuRequest::ControlSinglestep(_) => Err(KvmiError::NoSys),
+        VcpuRequest::ControlCr { cr, enable } => {
+            current.track_cr(cr, enable);
+            Ok(0)
+        }
+        VcpuRequest::ControlMsr { msr, enable } => current.track_msr(msr, enable).map(|()| 0),
+        VcpuRequest::ControlSinglestep(enable) => current.trace(enable).map(|()| 0),
         VcpuRequest::GetXcr0 => put(
             scratch,
             &XcrReply {

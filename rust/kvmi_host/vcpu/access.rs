@@ -19,18 +19,6 @@ use crate::kvm::{
 };
 
 impl Vcpu {
-    /// Switches an event on or off. PAUSE and TRAP are sent because of their commands, whatever is
-    /// said here. For the vCPU's thread only.
-    pub(crate) fn control_event(&self, event: Event, enable: bool) {
-        let events = self.events.load(Relaxed);
-        let events = if enable {
-            events | event.bit()
-        } else {
-            events & !event.bit()
-        };
-        self.events.store(events, Relaxed);
-    }
-
     fn wants(&self, violation: &Violation) -> bool {
         self.events.load(Relaxed) & Event::Pf.bit() != 0
             && (!violation.is_page_walk() || self.session.reports_page_walks())

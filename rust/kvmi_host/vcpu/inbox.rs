@@ -10,7 +10,7 @@ use kernel::{
     }, //
 };
 use kvmi_abi::{
-    vcpu_request::Action,
+    vcpu_request::EventAnswer,
     wire::Header,
     Command,
     Event, //
@@ -32,7 +32,7 @@ pub(crate) struct Job {
 pub(super) struct Outstanding {
     pub(super) seq: u32,
     pub(super) event: Event,
-    pub(super) answer: Option<Action>,
+    pub(super) answer: Option<EventAnswer>,
     /// How many of the waiting jobs came before the answer, and are to be executed before it.
     pub(super) jobs_before: usize,
     /// When it was sent: signals do not prolong the time that the tool has.
@@ -48,6 +48,8 @@ pub(super) struct Inbox {
     pub(super) outstanding: Option<Outstanding>,
     /// There is no tool any more.
     pub(super) closed: bool,
+    /// And the vCPU knows of that.
+    pub(super) alone: bool,
     /// The time for replies has changed.
     pub(super) clock_changed: bool,
 }
@@ -60,6 +62,7 @@ impl Inbox {
             pauses: 0,
             outstanding: None,
             closed,
+            alone: false,
             clock_changed: false,
         })
     }
@@ -67,6 +70,13 @@ impl Inbox {
     /// Whether a vCPU that waits for the reply to an event has something to do.
     pub(super) fn wakes(&self) -> bool {
         self.closed || self.clock_changed || !self.jobs.is_empty() || self.is_answered()
+    }
+
+    /// Whether the tool has gone since this was asked last.
+    pub(super) fn let_go(&mut self) -> bool {
+        let news = self.closed && !self.alone;
+        self.alone = self.closed;
+        news
     }
 
     /// Whether the event is answered and the commands before the answer are executed.

@@ -14,8 +14,12 @@ use kernel::{
 };
 use kvmi_abi::{
     arch::Regs,
+    guest_event::SinglestepEvent,
     vcpu::TrapEvent,
-    vcpu_request::Action,
+    vcpu_request::{
+        Action,
+        EventAnswer, //
+    },
     wire::{
         Header,
         MAX_MSG_SIZE, //
@@ -27,6 +31,7 @@ use kvmi_abi::{
 use zerocopy::IntoBytes;
 
 use super::{
+    event::CallLimit,
     inbox::{
         Job,
         Outstanding, //
@@ -38,6 +43,7 @@ use crate::{
     connection::Left,
     kvm::{
         CurrentVcpu,
+        GuestEvent,
         Violation,
         Woken,
         WorkDone, //
@@ -55,8 +61,14 @@ pub(super) struct ThreadState {
     sending_since: Option<Instant<Monotonic>>,
     /// A trap that was not sent yet.
     trap: Option<TrapEvent>,
+    /// An instruction that nobody was told of yet.
+    step: Option<SinglestepEvent>,
     /// An access that the guest is denied, and nothing was decided about yet.
     pub(super) violation: Option<Violation>,
+    /// Something else that the guest is about to do, and nothing was decided about yet.
+    pub(super) guest_event: Option<GuestEvent>,
+    /// Calls of the guest to its tool.
+    pub(super) calls: CallLimit,
     /// What SET_REGISTERS has left for the end of the event.
     new_regs: Option<Regs>,
 }
@@ -69,15 +81,18 @@ impl ThreadState {
             unsent: None,
             sending_since: None,
             trap: None,
+            step: None,
             violation: None,
+            guest_event: None,
+            calls: CallLimit::new(),
             new_regs: None,
         })
     }
 }
 
 impl Vcpu {
-    /// Serves what there is: the event under way, then a trap, then an access that is denied, then
-    /// commands, then pauses.
+    /// Serves what there is: the event under way, then a trap, then an instruction that is over, then
+    /// what the guest is about to do, then commands, then pauses.
     pub(crate) fn work(&self, current: &CurrentVcpu) -> Result<WorkDone> {
         if !self.served.xchg(true, Relaxed) {
             self.session.counters().vcpus_served.fetch_add(1, Relaxed);
@@ -98,15 +113,33 @@ impl Vcpu {
                 }
                 continue;
             }
+            if self.inbox.lock().let_go() {
+                current.track_nothing();
+            }
+            if current.was_refused() {
+                // As if the reply was malformed.
+                self.connection().close();
+            }
             if thread.trap.is_none() {
                 thread.trap = current.trap();
+            }
+            if thread.step.is_none() {
+                thread.step = current.step();
             }
             if thread.violation.is_none() {
                 thread.violation = current.violation();
             }
+            if thread.guest_event.is_none() {
+                thread.guest_event = current.guest_event();
+            }
             if let Some(trap) = thread.trap {
                 self.raise(thread, current, Event::Trap, trap.as_bytes())?;
                 thread.trap = None;
+            } else if let Some(step) = thread.step {
+                self.raise(thread, current, Event::Singlestep, step.as_bytes())?;
+                thread.step = None;
+            } else if let Some(event) = thread.guest_event {
+                self.report(thread, current, &event)?;
             } else if let Some(violation) = thread.violation {
                 self.report_violation(thread, current, &violation)?;
             } else if current!().signal_pending() {
@@ -278,6 +311,7 @@ impl Vcpu {
                     self.inbox.lock().outstanding = None;
                     thread.new_regs = None;
                     thread.violation = None;
+                    thread.guest_event = None;
                     return Ok(WorkDone::Enter);
                 }
             }
@@ -302,10 +336,13 @@ impl Vcpu {
             drop(inbox);
             if closed {
                 thread.new_regs = None;
-                return Ok(self.resolve(thread, current, event, Action::Continue));
+                return Ok(self.resolve(thread, current, event, Action::Continue, None));
             }
-            if let Some(action) = answer {
-                return Ok(self.resolve(thread, current, event, action));
+            if let Some(answer) = answer {
+                let EventAnswer {
+                    action, new_value, ..
+                } = answer;
+                return Ok(self.resolve(thread, current, event, action, new_value));
             }
         }
     }
@@ -317,9 +354,11 @@ impl Vcpu {
         current: &CurrentVcpu,
         event: Option<Event>,
         action: Action,
+        new_value: Option<u64>,
     ) -> WorkDone {
         let regs = thread.new_regs.take();
         let violation = thread.violation.take_if(|_| event == Some(Event::Pf));
+        let guest_event = thread.guest_event.take_if(|e| event == Some(e.event()));
         if action == Action::Crash {
             current.crash();
             return WorkDone::Leave;
@@ -327,8 +366,14 @@ impl Vcpu {
         if let Some(regs) = regs {
             current.set_regs(&regs);
         }
-        if let Some(violation) = violation.filter(|_| action == Action::Continue) {
-            current.permit(&violation);
+        if action == Action::Continue {
+            if let Some(violation) = violation {
+                current.permit(&violation);
+            }
+            if let Some(event) = guest_event {
+                let value = |value| event.with_value(value);
+                current.decide(&new_value.map_or(event, value));
+            }
         }
         WorkDone::Enter
     }
