@@ -45,7 +45,7 @@ pub use table::LookupError;
 use table::Table;
 
 /// The symbols of a file, with the addresses that they have there.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Symbols(Table);
 
 impl Symbols {

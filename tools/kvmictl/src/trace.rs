@@ -3,6 +3,7 @@
 //! `kvmictl trace`
 
 mod happening;
+mod late;
 mod report;
 
 use std::{ops::Range, os::fd::OwnedFd, time::Instant};
@@ -46,7 +47,7 @@ pub fn run(arguments: &cli::Trace, output: &mut Output) -> Result<()> {
 struct Trace<'a> {
     kinds: &'a cli::Kinds,
     wanted: Wanted,
-    names: Names,
+    names: late::Names,
     roster: Roster,
     begun: Instant,
     report: Report<'a>,
@@ -80,11 +81,13 @@ impl<'a> Trace<'a> {
         report: Report<'a>,
     ) -> Result<Self> {
         let mut paused = session.pause()?;
-        let names = Names::locate_paused(symbols, &mut paused)?;
         let rip = arguments.rip.as_ref();
+        let names = late::Names::locate(symbols, &mut paused, rip.is_some())?;
         let wanted = Wanted {
             value: arguments.value,
-            rip: rip.map(|area| area.range(None, &names)).transpose()?,
+            rip: rip
+                .map(|area| area.range(None, names.known()))
+                .transpose()?,
         };
         let some = Some(&arguments.vcpus).filter(|vcpus| !vcpus.is_empty());
         let mut roster = Roster::of(some.cloned());
@@ -136,12 +139,16 @@ impl Handler for Trace<'_> {
     }
 
     fn handle(&mut self, vm: &mut Connection<OwnedFd>, event: &VcpuEvent) -> Result<()> {
-        // First: the guest waits for it. A register gets what the guest writes.
+        self.names.look_again(vm, event);
+        // Before all else: the guest waits for it. A register gets what the guest writes.
         vm.reply_event(event, Action::Continue)?;
         let after = self.begun.elapsed();
         let happening = Happening::of(event);
         match happening.filter(|happening| self.wanted.matches(happening, event)) {
-            Some(happening) => self.report.happened(after, event, &happening, &self.names),
+            Some(happening) => {
+                let names = self.names.known();
+                self.report.happened(after, event, &happening, names)
+            }
             None => {
                 self.report.skip();
                 Ok(())

@@ -130,7 +130,7 @@ impl Builder {
 }
 
 /// All symbols, found by binary search.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Table {
     /// All names, each with a line feed behind it.
     names: Box<str>,
