@@ -3,7 +3,8 @@
 #
 # demo.sh: runs in the lab.  Starts an ordinary guest under an unmodified QEMU,
 # looks into its memory and at its vCPUs from outside, changes a file of it, locks
-# its kernel's code and lets go.
+# its kernel's code and lets go.  Then has one guest look into another one (scene.sh),
+# and traces the boot of a guest (boot.sh).
 
 set -u
 FLAVOUR=lab
@@ -168,6 +169,9 @@ expect_ticks 1
 said 1
 kill $guest
 wait $guest
+unset KVMI_SYMBOLS
+sh tools/lab/guest/scene.sh $FLAVOUR || fail "one guest does not look into another one"
+sh tools/lab/guest/boot.sh $FLAVOUR || fail "the guest's boot was not traced"
 show rmmod kvmi_host
 show unload_kvm
 printf '\ndemo passed\n'

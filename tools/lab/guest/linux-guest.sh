@@ -35,19 +35,32 @@ expect_ticks() {
 	! noticed=$(trouble $console) || fail "the guest noticed: $noticed"
 }
 
-# start_guest NAME: its pid is in $guest; it is gone when the script ends.
-start_guest() {
+# launch_guest NAME [OPTION]…: with these options of QEMU's; its pid is in $guest.  It is
+# gone when the script ends.
+launch_guest() {
 	: >$console
 	{
 		cat build/guest.cpio.gz
 		(cd build/modules/lab-guest && echo patcher.ko | cpio -o -H newc --quiet | gzip -1)
 	} >/tmp/initrd
-	qemu-system-x86_64 -name "$1" -accel kvm -cpu qemu64 -smp 2 -m 96M -display none -nodefaults \
+	name=$1
+	shift
+	qemu-system-x86_64 -name "$name" -accel kvm -cpu qemu64 -smp 2 -m 96M -display none -nodefaults \
 		-no-reboot -serial file:$console -kernel "$guest_kernel/bzImage" -initrd /tmp/initrd \
-		-append "console=ttyS0 loglevel=4 panic=-1" 2>/tmp/qemu.err &
+		-append "console=ttyS0 loglevel=4 panic=-1" "$@" 2>/tmp/qemu.err &
 	guest=$!
 	trap 'kill $guest 2>/dev/null' EXIT
+}
+
+# await_guest: until the guest that was launched has come up.
+await_guest() {
 	wait_for 60 '^tick 3:' || { cat /tmp/qemu.err $console; fail "the guest does not come up"; }
 	# Modules are not in the System.map; their symbols are as the guest prints them.
 	{ cat "$map"; tr -d '\r' <$console | sed -n 's/^symbol: //p'; } >/tmp/guest.map
+}
+
+# start_guest NAME
+start_guest() {
+	launch_guest "$1"
+	await_guest
 }

@@ -143,6 +143,7 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 	# It takes a QEMU on the host, and patience on a debug kernel.
 	if [ $VENDOR-"$FLAVOUR" = amd-lab ]; then
 		check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
+		check "live guest whose boot is traced" sh tools/lab/guest/boot.sh "$FLAVOUR"
 		subtests "kvmmem in a guest" sh tools/lab/guest/kvmmem.sh "$FLAVOUR"
 		subtests "kvmmem in an introspector" sh tools/lab/guest/kvmmem.sh "$FLAVOUR" host
 		check "introspector guest that maps another guest" sh tools/lab/guest/scene.sh "$FLAVOUR"
