@@ -115,7 +115,7 @@ pub struct BreakpointEvent {
     /// Guest physical address of the instruction, or
     /// [`GPA_UNMAPPED`](crate::vcpu::GPA_UNMAPPED).
     pub gpa: u64,
-    /// Length of the instruction in bytes: 1 for INT3, 2 for INT 3.
+    /// Length of the instruction in bytes, with its prefixes, if the CPU tells; else 1.
     pub insn_len: u8,
     /// 0.
     pub padding: [u8; 7],
