@@ -26,6 +26,18 @@ mod backlog;
 mod commands;
 mod descriptors;
 mod device;
+mod event_boot;
+mod event_breakpoint;
+mod event_code;
+mod event_common;
+mod event_cr;
+mod event_cr_reply;
+mod event_descriptor;
+mod event_hypercall;
+mod event_msr;
+mod event_msr_reply;
+mod event_step;
+mod event_xsetbv;
 mod framing;
 mod fuzz;
 mod fuzz_messages;
@@ -131,6 +143,16 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         access_size::TESTS,
         access_memory::TESTS,
         access_stress::TESTS,
+        event_cr::TESTS,
+        event_cr_reply::TESTS,
+        event_boot::TESTS,
+        event_msr::TESTS,
+        event_msr_reply::TESTS,
+        event_xsetbv::TESTS,
+        event_descriptor::TESTS,
+        event_breakpoint::TESTS,
+        event_hypercall::TESTS,
+        event_step::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,
         soak::TESTS,

@@ -118,6 +118,20 @@ impl Vcpu {
         exit.expect("KVM_RUN returns")
     }
 
+    /// Whether `KVM_RUN` has returned; then, [`Self::exit`] does not wait.
+    #[track_caller]
+    pub fn has_exited(&mut self) -> bool {
+        assert!(self.running);
+        match self.exits.1.try_recv() {
+            Ok(exit) => {
+                let sent = self.exits.0.send(exit);
+                sent.expect("the receiver is there");
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
     /// Runs the vCPU until `KVM_RUN` returns by itself.
     #[track_caller]
     pub fn run_until_exit(&mut self) -> Exit {

@@ -9,7 +9,7 @@ use kvmi_abi::{
     arch::{Regs, Sregs, VcpuEventArch},
     command::ControlEvents,
     event::{EventHeader, VcpuEvent},
-    guest_event::SinglestepEvent,
+    guest_event::NewValueReply,
     id::VCPU_EVENT,
     vcpu::{
         CpuidReply, EventReply, GetCpuid, GetRegisters, GetRegistersReply, InjectException,
@@ -22,6 +22,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use crate::{
     access_tool::expect_sound,
+    event_common::Doing,
     guest::Mode,
     tool::{message, nothing, structure, Message, Tool},
 };
@@ -41,6 +42,8 @@ pub struct Paused {
     pub trap: Option<TrapEvent>,
     /// What follows that, if it is a PF event.
     pub pf: Option<PfEvent>,
+    /// What follows that, if it is about something else that the guest does.
+    pub doing: Option<Doing>,
 }
 
 impl Paused {
@@ -66,13 +69,11 @@ impl Paused {
             Event::Pf => Some(PfEvent::read_from_bytes(specific).expect("24 bytes")),
             _ => None,
         };
+        let doing = Doing::parse(event, specific);
         match (&trap, &pf) {
             (Some(trap), _) => assert_eq!((trap.padding1, trap.padding2), (0, 0)),
             (_, Some(pf)) => expect_sound(pf, &arch),
-            _ if event == Event::Singlestep => {
-                let step = SinglestepEvent::read_from_bytes(specific).expect("8 bytes");
-                assert_eq!(step.padding, [0; 7]);
-            }
+            _ if doing.is_some() => {}
             _ => assert_eq!(specific.len(), 0, "bytes after a {event:?} event"),
         }
         Self {
@@ -82,6 +83,7 @@ impl Paused {
             arch,
             trap,
             pf,
+            doing,
         }
     }
 
@@ -302,11 +304,19 @@ impl Tool {
         paused
     }
 
-    /// Replies to an event.
+    /// Replies to an event; a register gets what the guest writes.
     #[track_caller]
     pub fn answer(&mut self, event: &Paused, action: Action) {
-        let reply = event.reply(action.code());
-        self.send_raw(&message(VCPU_EVENT, event.seq, reply.as_bytes()));
+        self.answer_value(event, action, event.doing.and_then(Doing::new_value));
+    }
+
+    /// Replies to an event, with what a register gets.
+    #[track_caller]
+    pub fn answer_value(&mut self, event: &Paused, action: Action, value: Option<u64>) {
+        let mut reply = event.reply(action.code()).as_bytes().to_vec();
+        let value = value.map(|new_val| NewValueReply { new_val });
+        reply.extend(value.iter().flat_map(|value| value.as_bytes()));
+        self.send_raw(&message(VCPU_EVENT, event.seq, &reply));
     }
 
     /// Lets a vCPU go on after an event.

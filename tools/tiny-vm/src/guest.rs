@@ -19,11 +19,11 @@ mod tables;
 
 pub use code::{INT3_CODE, INTO_CODE, OUT_CODE, SPIN_CODE};
 pub use handlers::{has_error_code, record, Record};
-pub use tables::{GIGABYTE, HIGH, HIGH_PAGES, HIGH_PT, LARGE, LARGE_GPA, LAST32, LAST_PAE};
+pub use tables::{GIGABYTE, HIGH, HIGH_PAGES, HIGH_PT, LARGE, LARGE_GPA, LAST32, LAST_PAE, PML4};
 
 use code::{COUNT64_CODE, COUNT_CODE, HALT_CODE, STORE_XMM_CODE};
 use handlers::{IDT32, IDT32_SIZE, IDT64, IDT64_SIZE};
-use tables::{CODE16, CODE32, CODE64, DATA, GDT, GDT_SIZE, PAE_PDPT, PD32, PML4};
+use tables::{CODE16, CODE32, CODE64, DATA, GDT, GDT_SIZE, PAE_PDPT, PD32};
 
 /// A mode of the processor.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -103,6 +103,11 @@ impl Guest {
 /// Guest physical address where a byte other than 0 ends every counting vCPU, but for those of
 /// [`Guest::StoreXmm`].
 pub const STOP: u64 = 0x2ff0;
+
+/// Guest physical address of memory that no guest uses, for what code of all modes reaches.
+pub const LOW: u64 = 0x3400;
+/// Its size in bytes.
+pub const LOW_SIZE: u64 = 0xc00;
 
 const COUNTERS: u64 = 0x3000;
 const COUNTER_STRIDE: u64 = 64;
@@ -245,4 +250,6 @@ pub fn odd_values(regs: &mut Regs) {
 }
 
 const _: () = assert!(STACKS + STACK_SIZE * MAX_VCPUS as u64 <= STOP);
+const _: () = assert!(COUNTERS + COUNTER_STRIDE * MAX_VCPUS as u64 <= LOW);
+const _: () = assert!(LOW + LOW_SIZE <= PML4);
 const _: () = assert!(XMM_VALUES + XMM_STRIDE * MAX_VCPUS as u64 <= SCRATCH);

@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
 
 use kvm_bindings::{kvm_userspace_memory_region, KVM_MEM_READONLY};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
 use crate::{
     guest::{self, Guest},
@@ -113,6 +113,22 @@ impl Vm {
         let log = log.expect("the dirty log can be read");
         let dirty = |page: &usize| log[page / 64] & 1 << (page % 64) != 0;
         (0..MEMORY / PAGE).filter(dirty).collect()
+    }
+
+    /// Denies the guests writes to these MSRs, and no others any more.
+    #[track_caller]
+    pub fn deny_msr_writes(&self, msrs: &[u32]) {
+        let range = |msr: &u32| MsrFilterRange {
+            flags: MsrFilterRangeFlags::WRITE,
+            base: *msr,
+            msr_count: 1,
+            bitmap: &[0],
+        };
+        let ranges: Vec<_> = msrs.iter().map(range).collect();
+        let set = self
+            .fd
+            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges);
+        set.expect("MSRs can be filtered");
     }
 
     /// Creates a vCPU that nobody runs, for as long as the result is kept.
