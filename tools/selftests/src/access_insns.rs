@@ -81,7 +81,7 @@ fn run(snippet: &Snippet, restricted: bool, prepare: impl FnOnce(&mut Vcpu)) -> 
 }
 
 /// Where two pages differ, and how.
-fn differences(one: &[u8], other: &[u8]) -> Vec<(usize, u8, u8)> {
+pub fn differences(one: &[u8], other: &[u8]) -> Vec<(usize, u8, u8)> {
     let pairs = one.iter().zip(other).enumerate();
     pairs
         // But for RF in an image of RFLAGS, about which emulated CPUs are not exact.

@@ -30,6 +30,7 @@ mod event_boot;
 mod event_breakpoint;
 mod event_code;
 mod event_common;
+mod event_corpus;
 mod event_cr;
 mod event_cr_reply;
 mod event_descriptor;
@@ -37,6 +38,8 @@ mod event_hypercall;
 mod event_msr;
 mod event_msr_reply;
 mod event_step;
+mod event_step_delivery;
+mod event_step_insns;
 mod event_xsetbv;
 mod framing;
 mod fuzz;
@@ -153,6 +156,9 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         event_breakpoint::TESTS,
         event_hypercall::TESTS,
         event_step::TESTS,
+        event_step_insns::TESTS,
+        event_step_delivery::TESTS,
+        event_corpus::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,
         soak::TESTS,
