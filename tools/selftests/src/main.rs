@@ -34,12 +34,14 @@ mod event_corpus;
 mod event_cr;
 mod event_cr_reply;
 mod event_descriptor;
+mod event_end;
 mod event_hypercall;
 mod event_msr;
 mod event_msr_reply;
 mod event_step;
 mod event_step_delivery;
 mod event_step_insns;
+mod event_stress;
 mod event_xsetbv;
 mod framing;
 mod fuzz;
@@ -159,6 +161,8 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         event_step_insns::TESTS,
         event_step_delivery::TESTS,
         event_corpus::TESTS,
+        event_stress::TESTS,
+        event_end::TESTS,
         stress::TESTS,
         vcpu_stress::TESTS,
         soak::TESTS,
