@@ -15,7 +15,7 @@ case $FLAVOUR-$VENDOR in
 debug-intel)
 	# What depends on the vendor; all the rest has run on AMD's machine.
 	limit=600 pace="--rounds-scale 0.02 --timeout-scale 5"
-	for area in access. access_ address. hotplug. inject. pause. registers. state. xsave.; do
+	for area in access. access_ address. event_ hotplug. inject. pause. registers. state. xsave.; do
 		areas="$areas --filter $area"
 	done
 	;;
@@ -108,12 +108,20 @@ subtests() {
 	esac
 }
 
-# again NAME ARGUMENT: the tests of page access with KVM's vendor module loaded anew.
+# again NAME ARGUMENT: what depends on paging, with KVM's vendor module loaded anew.
 again() {
 	if check "load KVM with $2" load_vendor_module "$2"; then
 		# shellcheck disable=SC2086  # $pace is several words, or none
-		provider_test "kvmi_test, $1" $pace --filter access
+		provider_test "kvmi_test, $1" $pace --filter access --filter event_cr --filter event_step
 	fi
+}
+
+# tuned PARAMETER TEST: the module with a parameter, which the test finds in its environment.
+tuned() {
+	check "load kvmi_host with $1" insmod "$PROVIDER" "$1" || return
+	# shellcheck disable=SC2086  # $pace is several words, or none
+	subtests "kvmi_test, $1" env "$1" "$BIN/kvmi_test" $pace --filter "$2"
+	check "unload kvmi_host with $1" rmmod kvmi_host
 }
 
 # Tests swap their memory out.  It is swapped to a RAM disk.
@@ -157,12 +165,9 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 	esac
 	[ ! -w $leaks ] || check "no memory leaked" no_leaks
 	check "unload kvmi_host" rmmod kvmi_host
-	check "load kvmi_host again, with a time limit" insmod "$PROVIDER" event_timeout_ms=700
-	EVENT_TIMEOUT_MS=700
-	export EVENT_TIMEOUT_MS
-	# shellcheck disable=SC2086  # $pace is several words, or none
-	provider_test "kvmi_test, time limit" $pace --filter time_limit.default
-	check "unload kvmi_host again" rmmod kvmi_host
+	tuned event_timeout_ms=700 time_limit.default
+	tuned hypercall_rate=5 event_hypercall.calls_of_user_space
+	tuned hypercall_user=0 event_hypercall.user_space_may_not
 fi
 check "switch swap off" swapoff /dev/ram0
 check "unload KVM" unload_kvm

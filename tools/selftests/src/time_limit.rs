@@ -54,7 +54,7 @@ const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(1);
 
 /// The variable that has the module's event_timeout_ms.
-const DEFAULT: &str = "EVENT_TIMEOUT_MS";
+const DEFAULT: &str = "event_timeout_ms";
 
 fn ms(limit: Duration) -> u32 {
     limit.as_millis().try_into().expect("a short time")
