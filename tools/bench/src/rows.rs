@@ -4,6 +4,7 @@
 
 pub mod access;
 pub mod command;
+mod event;
 pub mod exit;
 pub mod fault;
 pub mod floor;

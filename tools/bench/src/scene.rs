@@ -45,6 +45,9 @@ pub fn check(setting: Setting) -> Result<()> {
     Ok(())
 }
 
+/// What a tool does that is not measured.
+pub type Client<'a> = Connection<&'a UnixStream>;
+
 /// A tool's connection to a hooked VM, as a plain socket.
 pub struct Hook {
     /// The tool's end.
@@ -69,7 +72,7 @@ impl Hook {
     }
 
     /// A client's view of the connection, for what is not measured.
-    pub fn client(&self) -> Connection<&UnixStream> {
+    pub fn client(&self) -> Client<'_> {
         Connection::new(&self.tool)
     }
 

@@ -9,10 +9,11 @@ use std::{
 };
 
 use anyhow::Result;
+use kvmi_client::EventId;
 use tiny_vm::PAGE;
 
 use super::{
-    message::{Exchange, EVENT, EVENT_REPLY, PF_EVENT},
+    message::{event_size, Exchange, EVENT, EVENT_REPLY},
     Bench, Row,
 };
 use crate::{
@@ -48,7 +49,7 @@ pub const ROWS: &[Row] = &[
     }),
     Row::hooked(PAUSE, |bench| ping_pong(bench, VCPU_CPU, &pause())),
     Row::hooked("AF_UNIX, sizes of a PF event, across CPUs", |bench| {
-        ping_pong(bench, VCPU_CPU, &[(EVENT_REPLY, PF_EVENT)])
+        ping_pong(bench, VCPU_CPU, &[(EVENT_REPLY, event_size(EventId::Pf))])
     }),
 ];
 

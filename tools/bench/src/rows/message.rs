@@ -2,16 +2,21 @@
 
 //! Messages, and how large their replies are.
 
+use anyhow::Result;
 use kvmi_client::abi::{
     access::{PageAccess, PfEvent, SetPageAccess},
     command::{GetVersionReply, GuestRange},
     event::{EventHeader, VcpuEvent},
-    vcpu::{EventReply, GetRegisters, GetRegistersReply, PauseVcpu},
+    guest_event::{
+        BreakpointEvent, CrEvent, DescriptorEvent, MsrEvent, NewValueReply, SinglestepEvent,
+        XsetbvEvent,
+    },
+    vcpu::{EventReply, GetRegisters, GetRegistersReply, PauseVcpu, TrapEvent},
     wire::{Header, ReplyHead, VcpuHeader},
     Action, Command, Event,
 };
 use tiny_vm::SCRATCH;
-use zerocopy::IntoBytes as _;
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
 /// A command, and the size of its reply.
 pub struct Exchange {
@@ -23,8 +28,6 @@ pub struct Exchange {
 
 /// Size of an event of a vCPU that has nothing of its own.
 pub const EVENT: usize = size_of::<Header>() + size_of::<EventHeader>() + size_of::<VcpuEvent>();
-/// Size of a PF event.
-pub const PF_EVENT: usize = EVENT + size_of::<PfEvent>();
 /// Size of the reply to an event.
 pub const EVENT_REPLY: usize = size_of::<Header>() + size_of::<EventReply>();
 
@@ -88,12 +91,31 @@ impl Exchange {
     }
 }
 
-/// The reply to the event of vCPU 0 with this header.
-pub fn event_reply(header: Header, event: Event, action: Action) -> Vec<u8> {
-    let header = Header {
-        // Lossless: 16.
-        size: size_of::<EventReply>() as u16,
-        ..header
+/// Size of an event of a vCPU.
+pub fn event_size(event: Event) -> usize {
+    EVENT
+        + match event {
+            Event::Pf => size_of::<PfEvent>(),
+            Event::Cr => size_of::<CrEvent>(),
+            Event::Msr => size_of::<MsrEvent>(),
+            Event::Xsetbv => size_of::<XsetbvEvent>(),
+            Event::Breakpoint => size_of::<BreakpointEvent>(),
+            Event::Descriptor => size_of::<DescriptorEvent>(),
+            Event::Singlestep => size_of::<SinglestepEvent>(),
+            Event::Trap => size_of::<TrapEvent>(),
+            Event::Pause | Event::Hypercall | Event::Unhook => 0,
+        }
+}
+
+/// The reply to this message, an event of vCPU 0. A register gets what the guest has written.
+pub fn event_reply(message: &[u8], event: Event, action: Action) -> Result<Vec<u8>> {
+    let (header, _) = Header::read_from_prefix(message).map_err(|_| super::short())?;
+    let value: &[u8] = if event.has_new_value() {
+        // It is the last part of all those that have one.
+        let value = message.last_chunk::<{ size_of::<NewValueReply>() }>();
+        value.ok_or_else(super::short)?
+    } else {
+        &[]
     };
     let reply = EventReply {
         // Lossless: ids of events are below 20.
@@ -101,5 +123,10 @@ pub fn event_reply(header: Header, event: Event, action: Action) -> Vec<u8> {
         action: action.code(),
         ..Default::default()
     };
-    [header.as_bytes(), reply.as_bytes()].concat()
+    let header = Header {
+        // Lossless: 24 at most.
+        size: (size_of::<EventReply>() + value.len()) as u16,
+        ..header
+    };
+    Ok([header.as_bytes(), reply.as_bytes(), value].concat())
 }

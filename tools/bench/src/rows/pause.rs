@@ -4,7 +4,7 @@
 
 use std::io::{Read as _, Write as _};
 
-use anyhow::{ensure, Result};
+use anyhow::{Context as _, Result};
 use kvmi_client::abi::{id::VCPU_EVENT, wire::Header, Action, Event};
 use zerocopy::FromBytes as _;
 
@@ -40,16 +40,11 @@ fn pause(bench: &Bench<'_>) -> Result<Spread> {
 
 /// The reply to the event among these two messages, which lets the vCPU go on.
 fn answer(both: &[u8], reply: usize) -> Result<Vec<u8>> {
-    let header = |at: usize| {
-        let bytes = both.get(at..).unwrap_or_default();
-        Header::read_from_prefix(bytes).map_err(|_| super::short())
+    let is_event = |message: &[u8]| {
+        let (header, _) = Header::ref_from_prefix(message).ok()?;
+        Some(header.id == VCPU_EVENT)
     };
-    let first = header(0)?.0;
-    let event = if first.id == VCPU_EVENT {
-        first
-    } else {
-        header(reply)?.0
-    };
-    ensure!(event.id == VCPU_EVENT, "no event: {first:?}, {event:?}");
-    Ok(event_reply(event, Event::Pause, Action::Continue))
+    let messages = [both, both.get(reply..).unwrap_or_default()];
+    let event = messages.into_iter().find(|one| is_event(one) == Some(true));
+    event_reply(event.context("no event")?, Event::Pause, Action::Continue)
 }

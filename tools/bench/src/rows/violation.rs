@@ -2,20 +2,10 @@
 
 //! Accesses that the guest is denied.
 
-use std::io::{Read as _, Write as _};
+use anyhow::Result;
+use kvmi_client::{Access, Action, EventId};
 
-use anyhow::{bail, ensure, Result};
-use kvmi_client::{
-    abi::{id::VCPU_EVENT, wire::Header},
-    Access, Action, Event, EventId,
-};
-use zerocopy::FromBytes as _;
-
-use super::{
-    exit,
-    message::{event_reply, PF_EVENT},
-    Bench, Row,
-};
+use super::{event::round_trip, exit, Bench, Row};
 use crate::{
     figure::Spread,
     program::{Program, TARGET},
@@ -54,21 +44,5 @@ fn event(bench: &Bench<'_>, action: Action) -> Result<Spread> {
     let mut client = scene.hook.client();
     client.vcpu_control_events(0, EventId::Pf, true)?;
     client.set_page_access([(TARGET, Access::R | Access::X)])?;
-    let Event::Vcpu(first) = client.next_event(None)? else {
-        bail!("an event that is not of a vCPU");
-    };
-    client.reply_event(&first, action)?;
-    let mut tool = &scene.hook.tool;
-    let mut event = vec![0; PF_EVENT];
-    tool.read_exact(&mut event)?;
-    let spread = bench.measure(|| {
-        let (header, _) = Header::read_from_prefix(&event).map_err(|_| super::short())?;
-        tool.write_all(&event_reply(header, EventId::Pf, action))?;
-        tool.read_exact(&mut event)?;
-        Ok(())
-    })?;
-    let (header, payload) = Header::ref_from_prefix(&event).map_err(|_| super::short())?;
-    let complete = usize::from(header.size) == payload.len();
-    ensure!(header.id == VCPU_EVENT && complete, "{header:?}");
-    Ok(spread)
+    round_trip(bench, client, &scene.hook.tool, EventId::Pf, action)
 }
