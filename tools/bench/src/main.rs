@@ -6,6 +6,7 @@
 //! prints one line of JSON per figure, as `memory` does. `report` makes tables of the lines of all
 //! runs.
 
+mod act;
 mod clock;
 mod figure;
 mod footprint;

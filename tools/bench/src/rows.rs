@@ -8,6 +8,7 @@ mod event;
 pub mod exit;
 pub mod fault;
 pub mod floor;
+pub mod guest_event;
 pub mod mapping;
 mod message;
 pub mod pause;
@@ -98,6 +99,8 @@ pub fn all() -> impl Iterator<Item = &'static Row> {
         pause::ROWS,
         access::ROWS,
         violation::ROWS,
+        guest_event::ROWS,
+        guest_event::EVENTS,
         mapping::ROWS,
     ]
     .into_iter()

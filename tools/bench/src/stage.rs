@@ -2,11 +2,18 @@
 
 //! A VM whose vCPU the measuring thread runs itself, with memory to touch and memory to restrict.
 
-use anyhow::Result;
+use std::thread;
+
+use anyhow::{anyhow, Context as _, Result};
 use kvm_ioctls::VcpuFd;
 use tiny_vm::{Memory, Vm, PAGE};
 
-use crate::{figure::Setting, program::Program, rows::exit, scene::Hook};
+use crate::{
+    figure::Setting,
+    program::Program,
+    rows::exit,
+    scene::{Client, Hook},
+};
 
 /// Guest physical address of memory that the host has populated.
 pub const PLENTY: u64 = 0x2000_0000;
@@ -57,6 +64,28 @@ impl Stage {
             _vm: vm,
         })
     }
+
+    /// Has the tool give commands to the vCPU, which runs meanwhile and may not make events.
+    pub fn command(
+        &mut self,
+        give: impl FnOnce(&mut Client<'_>) -> Result<()> + Send,
+    ) -> Result<()> {
+        let hook = self.hook.as_ref().context("the VM is not hooked")?;
+        thread::scope(|scope| {
+            let tool = scope.spawn(|| give(&mut hook.client()));
+            run_until(&mut self.vcpu, || tool.is_finished())?;
+            tool.join().map_err(|_| anyhow!("the tool has panicked"))?
+        })
+    }
+}
+
+/// Runs a vCPU on the tool's CPU until that has got somewhere.
+pub fn run_until(vcpu: &mut VcpuFd, done: impl Fn() -> bool) -> Result<()> {
+    while !done() {
+        exit::run(vcpu)?;
+        thread::yield_now();
+    }
+    Ok(())
 }
 
 /// Addresses of pages that follow each other.

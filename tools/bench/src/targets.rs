@@ -8,7 +8,7 @@ use crate::{
     figure::Setting,
     footprint,
     report::Figures,
-    rows::{command, exit, fault, floor, mapping, pause},
+    rows::{command, exit, fault, floor, guest_event, mapping, pause, Row},
 };
 
 /// A ratio that has a limit.
@@ -70,6 +70,21 @@ const TARGETS: &[Target] = &[
         ratio: |figures| guest(figures, fault::FAULTING_2K, fault::FAULTING),
     },
     Target {
+        what: "dearest event of what a guest does, CONTINUE : pause",
+        limit: 1.3,
+        ratio: dearest_event,
+    },
+    Target {
+        what: "exit, all events on : no events",
+        limit: 1.005,
+        ratio: |figures| hooked(figures, guest_event::CPUID, exit::CPUID),
+    },
+    Target {
+        what: "work, all events on : no events",
+        limit: 1.005,
+        ratio: |figures| hooked(figures, guest_event::WORK, fault::WORK),
+    },
+    Target {
         what: "reading mapped memory : own memory",
         limit: 1.05,
         ratio: |figures| hooked(figures, mapping::MAPPED, mapping::OWN),
@@ -104,6 +119,15 @@ fn round_trip(figures: &Figures, row: &str, floor: &str) -> Option<f64> {
 fn hooked(figures: &Figures, row: &str, other: &str) -> Option<f64> {
     let cost = |row| figures.instructions(row, Setting::Hooked);
     Some(cost(row)? / cost(other)?)
+}
+
+/// The dearest of all kinds, if each was measured.
+fn dearest_event(figures: &Figures) -> Option<f64> {
+    let ratio = |row: &Row| hooked(figures, row.name, pause::PAUSE);
+    let events = guest_event::EVENTS.iter();
+    events
+        .map(ratio)
+        .try_fold(0.0, |most, one| Some(one?.max(most)))
 }
 
 /// What a guest does when it is hooked, compared with something that it does when it is not.

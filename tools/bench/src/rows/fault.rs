@@ -37,8 +37,10 @@ pub const ROWS: &[Row] = &[
 
 /// Page faults per return to user space.
 const FAULTS: u32 = 200;
-/// Work of a guest: 64 pieces, each fourth of which writes to another page.
-const WORKING: Program = Program::WorkOut(64, PLENTY);
+/// Pieces of work, of which each fourth writes to another page.
+pub const PIECES: u32 = 64;
+/// Work of a guest.
+pub const WORKING: Program = Program::WorkOut(PIECES, PLENTY);
 
 /// Pages that a guest that works does not access, or, that with its code, does not write to.
 fn others() -> impl Iterator<Item = u64> + Clone {

@@ -2,7 +2,7 @@
 
 //! Memory of one guest that another one has mapped.
 
-use std::{fs, os::unix::net::UnixStream};
+use std::os::unix::net::UnixStream;
 
 use anyhow::{ensure, Result};
 use kvm_ioctls::VcpuFd;
@@ -15,7 +15,7 @@ use tiny_vm::{guest::Mode, Guest, Memory, Vm, MEMORY, PAGE, SCRATCH};
 use zerocopy::IntoBytes as _;
 
 use super::{exit, Bench, Row};
-use crate::{figure::Spread, program::Program, scene::Hook, stage::pages};
+use crate::{act, figure::Spread, program::Program, scene::Hook, stage::pages};
 
 pub const OWN: &str = "guest reads 4 KiB, its own";
 pub const MAPPED: &str = "guest reads 4 KiB, another guest's";
@@ -62,9 +62,9 @@ impl Couple {
             memory.fill(0, memory.len, 1);
         }
         vm.add_slot(1, BASE, &own);
-        // vmmcall or vmcall; out %al, $0x10
-        let vendor = if is_amd()? { 0xd9 } else { 0xc1 };
-        vm.memory.write(CALL, &[0x0f, 0x01, vendor, 0xe6, 0x10]);
+        // Then: out %al, $0x10
+        let code = [&act::hypercall()?[..], &[0xe6, 0x10]].concat();
+        vm.memory.write(CALL, &code);
         let (_, caller) = vm.prepare_started(Guest::Spin(Mode::Long));
         Device::open()?.set_introspector(&vm, true)?;
         let target = Vm::with_memory(Memory::new(MEMORY), 0);
@@ -113,10 +113,6 @@ impl Couple {
         let count = pages.len() as u64;
         self.call(MEM_UNMAP_MANY, [ARRAY, count, 0], count)
     }
-}
-
-fn is_amd() -> Result<bool> {
-    Ok(fs::read_to_string("/proc/cpuinfo")?.contains("svm"))
 }
 
 /// What it takes a guest to read so many pages, which it has read before.
