@@ -129,16 +129,14 @@ impl Vcpu {
             if thread.violation.is_none() {
                 thread.violation = current.violation();
             }
-            if thread.guest_event.is_none() {
-                thread.guest_event = current.guest_event();
-            }
             if let Some(trap) = thread.trap {
                 self.raise(thread, current, Event::Trap, trap.as_bytes())?;
                 thread.trap = None;
             } else if let Some(step) = thread.step {
                 self.raise(thread, current, Event::Singlestep, step.as_bytes())?;
                 thread.step = None;
-            } else if let Some(event) = thread.guest_event {
+            } else if let Some(event) = thread.guest_event.or_else(|| current.guest_event()) {
+                thread.guest_event = Some(event);
                 self.report(thread, current, &event)?;
             } else if let Some(violation) = thread.violation {
                 self.report_violation(thread, current, &violation)?;
