@@ -20,7 +20,7 @@ in_host() {
 		shift
 	done
 	shift
-	part "$LAB" run --flavour "$flavour" --name "$name" --ktap --timeout 3000 "${options[@]}" -- \
+	part "$LAB" run --flavour "$flavour" --name "$name" --ktap --timeout 4200 "${options[@]}" -- \
 		sh tools/lab/guest/test.sh "$flavour" "$@"
 }
 

@@ -99,7 +99,7 @@ provider_test() {
 subtests() {
 	name=$1
 	shift
-	{ timeout -k 5 $((limit * 10)) "$@" 2>&1 </dev/null; echo $? >/tmp/status; } |
+	{ timeout -k 5 $((limit * 15)) "$@" 2>&1 </dev/null; echo $? >/tmp/status; } |
 		while IFS= read -r line; do echo "  $line"; done
 	case $(cat /tmp/status) in
 	0) result ok "$name" ;;
