@@ -48,7 +48,7 @@ struct Outcome {
 }
 
 /// Writes a program of some pieces.
-fn program(code: &mut CodeAssembler, rng: &mut Rng, int3: bool) {
+fn program(code: &mut CodeAssembler, rng: &mut Rng) {
     emit(code.mov(rsi, DATA));
     emit(code.mov(rsp, STACK + 0x800));
     for register in REGISTERS {
@@ -61,7 +61,7 @@ fn program(code: &mut CodeAssembler, rng: &mut Rng, int3: bool) {
             6 => flags(code, rng),
             7 | 8 => branch(code, rng),
             9 => repeat(code, rng),
-            10 | 11 => except(code, rng, int3),
+            10 | 11 => except(code, rng),
             12 => interruptible(code, rng),
             13 => system(code, rng),
             14 => back(code),
@@ -176,10 +176,10 @@ fn repeat(code: &mut CodeAssembler, rng: &mut Rng) {
     emit(code.cmp(rcx, 0));
 }
 
-fn except(code: &mut CodeAssembler, rng: &mut Rng, int3: bool) {
+fn except(code: &mut CodeAssembler, rng: &mut Rng) {
     match rng.below(6) {
-        0 if int3 => emit(code.int3()),
-        0 | 1 => emit(code.int(9)),
+        0 => emit(code.int3()),
+        1 => emit(code.int(9)),
         2 => attempt(code, |code| emit(code.ud2())),
         3 => attempt(code, |code| {
             emit(code.xor(ecx, ecx));
@@ -285,9 +285,7 @@ fn float(code: &mut CodeAssembler, rng: &mut Rng) {
 fn run(seed: u64, tf: bool, wishes: &[Wish]) -> Outcome {
     let mut vm = TestVm::new();
     let mut rng = Rng::new(seed);
-    // Without NRIPS, the emulator skips an INT3 that is stepped over, and heeds the guest's TF.
-    let int3 = !(tf && is_tcg());
-    let mut vcpu = add_code(&mut vm, CODE, |code| program(code, &mut rng, int3));
+    let mut vcpu = add_code(&mut vm, CODE, |code| program(code, &mut rng));
     for vector in [0, 6, 13, 14] {
         survive(&vm, &mut vcpu, Mode::Long, vector);
     }
@@ -371,5 +369,9 @@ fn programs_do_the_same_if_they_are_stepped(ctx: &Ctx) {
 }
 
 fn traced_programs_do_the_same_if_they_are_stepped(ctx: &Ctx) {
+    if is_tcg() {
+        // It is the emulator of KVM that executes an STI then, and does trap.
+        skip("QEMU's CPU does not trap behind an STI");
+    }
     expect_same(ctx, 20, true, &[Wish::Step]);
 }
