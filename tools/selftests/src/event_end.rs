@@ -157,7 +157,7 @@ fn end_sessions(ctx: &Ctx, kind: &Kind) {
     vcpu.run_through();
     vm.expect_progress_of(0);
     let mut rng = ctx.rng();
-    for round in 0..ctx.rounds(1000) {
+    for round in 0..ctx.rounds(200) {
         let mut tool = vm.hook_allowing_all();
         if round % 10 == 0 {
             // Nothing is left over that would tell this one.
