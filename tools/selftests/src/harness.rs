@@ -36,6 +36,8 @@ const DEATH: Duration = Duration::from_secs(15);
 pub struct Options {
     /// Substrings of which a test's name must have one; any name is fine if there are none.
     pub filters: Vec<String>,
+    /// Substrings of the names of tests to skip, each with the reason.
+    pub skips: Vec<(String, String)>,
     /// Seed of what is random.
     pub seed: u64,
     /// Factor on the rounds of long loops.
@@ -55,6 +57,7 @@ impl Default for Options {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             filters: Vec::new(),
+            skips: Vec::new(),
             seed: now.map_or(1, |since| u64::from(since.subsec_nanos()) ^ since.as_secs()),
             rounds_scale: 1.0,
             timeout_scale: 1.0,
@@ -222,7 +225,10 @@ pub fn run<'a>(tests: impl Iterator<Item = &'a Test>, options: &Options) -> Exit
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (number, test) in (1..).zip(tests) {
         let name = test.name();
-        let outcome = if test.destructive && options.skip_destructive {
+        let skips = &mut options.skips.iter();
+        let outcome = if let Some((_, why)) = skips.find(|(part, _)| name.contains(part)) {
+            Outcome::Skip(why.clone())
+        } else if test.destructive && options.skip_destructive {
             Outcome::Skip("destructive".into())
         } else {
             println!("# {name}");

@@ -94,6 +94,7 @@ Tests KVM introspection; needs root, /dev/kvm and the module kvmi_host.
 
   --list              list the tests and exit
   --filter SUBSTR     run the tests whose names contain SUBSTR (may be repeated)
+  --skip SUBSTR=WHY   skip those whose names contain SUBSTR (may be repeated)
   --stress SECONDS    run only the tests of everything at once, for so long each
   --seed N            seed of what is random (default: taken from the clock)
   --rounds-scale F    multiply the rounds of long loops by F, 0.01 for example
@@ -196,6 +197,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<(Action, Options), St
             "--list" => action = Action::List,
             "--help" | "-h" => action = Action::Help,
             "--filter" => options.filters.push(value()?),
+            "--skip" => options.skips.push(skip(&value()?)?),
             "--stress" => {
                 options.stress = Some(Duration::from_secs_f64(positive(&arg, &value()?)?));
             }
@@ -210,6 +212,13 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<(Action, Options), St
         }
     }
     Ok((action, options))
+}
+
+fn skip(value: &str) -> Result<(String, String), String> {
+    match value.split_once('=') {
+        Some((part, why)) if !why.is_empty() => Ok((part.into(), why.into())),
+        _ => Err(format!("--skip: {value} tells no reason")),
+    }
 }
 
 fn positive(option: &str, value: &str) -> Result<f64, String> {
