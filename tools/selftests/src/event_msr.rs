@@ -68,6 +68,11 @@ fn arguments_are_checked(_: &Ctx) {
     for (msr, expected) in [
         (0, Ok(())),
         (0x10, Ok(())),
+        (0x1da, Ok(())),
+        (0x1db, Err(KvmiError::Inval)),
+        (0x1de, Err(KvmiError::Inval)),
+        (0x1df, Ok(())),
+        (0x80b, Ok(())),
         (0x1fff, Ok(())),
         (0x2000, Err(KvmiError::Inval)),
         (0x4b56_4d00, Err(KvmiError::Inval)),
