@@ -10,6 +10,9 @@ FLAVOUR=$1
 . tools/lab/guest/common.sh
 . tools/lab/guest/linux-guest.sh
 
+# Two processes of the guest take turns so often.
+turns=500
+
 caption() { printf '\n== %s\n' "$*"; }
 fail() {
 	printf '\nboot failed: %s\n' "$*"
@@ -26,6 +29,9 @@ show() {
 # expect WHAT PATTERN: in what the trace has printed.
 expect() { grep -qE "$2" /tmp/trace || fail "there is no $1 in the trace"; }
 
+# told WHAT: what the guest has counted itself.
+told() { tr -d '\r' <$console | sed -n "s/^$1: //p"; }
+
 # counted WHAT: of these events, by the table at the end of the trace.
 counted() { awk -v what="$1" '$1 == what { print $2 }' /tmp/trace | tail -n 1; }
 
@@ -34,7 +40,7 @@ counted() { awk -v what="$1" '$1 == what { print $2 }' /tmp/trace | tail -n 1; }
 caption "Trace a guest from its first instruction on"
 rm -f /tmp/monitor.in /tmp/monitor.out
 mkfifo /tmp/monitor.in /tmp/monitor.out
-launch_guest boot -S -monitor pipe:/tmp/monitor
+launch_guest boot -S -monitor pipe:/tmp/monitor -append "$parameters turns=$turns"
 for _ in $(seq 30); do
 	! kvmictl list | grep -q "^ *$guest " || break
 	sleep 1
@@ -63,7 +69,13 @@ expect "long mode" 'vCPU 0 .* EFER .* [+]LM'
 expect "paging" 'vCPU 0 .* CR0 .* [+]PG'
 expect "interrupt descriptor table" 'vCPU 0 .* LIDT'
 expect "switch of page tables" ' switch_mm_irqs_off[+].* CR3 '
-[ "$(counted CR3)" -gt 50 ] || fail "$(counted CR3) writes to CR3 are too few"
+
+caption "Writes to CR3 are the guest's switches between processes"
+# A turn takes two.  Switches to threads of the kernel and back are none, new programs are
+# one without a switch.  Some are from after the guest has looked.
+echo "$(counted CR3) writes to CR3; the guest says: $(told ctxt) switches, $(told processes) processes"
+[ "$(counted CR3)" -ge $((2 * turns)) ] || fail "these are too few"
+[ "$(counted CR3)" -le $(($(told ctxt) + $(told processes) + 200)) ] || fail "these are too many"
 
 caption "Stop it at a function of its kernel, and let it go on"
 hits=$(show kvmictl break --pid "$guest" do_sys_openat2 --count 3) || fail "$hits"

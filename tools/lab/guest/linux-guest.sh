@@ -9,6 +9,8 @@ console=/tmp/console
 # A guest with the debug kernel would take minutes to boot.
 guest_kernel=build/kernel/lab
 map=$guest_kernel/System.map
+# Of the guest's kernel.
+parameters="console=ttyS0 loglevel=4 panic=-1"
 # The kernel's code and constants, for kvmictl guard; two words.
 locked="_stext.._etext __start_rodata..__end_rodata"
 # How kvmictl guard names who changes that code, with the symbols in /tmp/guest.map.
@@ -47,7 +49,7 @@ launch_guest() {
 	shift
 	qemu-system-x86_64 -name "$name" -accel kvm -cpu qemu64 -smp 2 -m 96M -display none -nodefaults \
 		-no-reboot -serial file:$console -kernel "$guest_kernel/bzImage" -initrd /tmp/initrd \
-		-append "console=ttyS0 loglevel=4 panic=-1" "$@" 2>/tmp/qemu.err &
+		-append "$parameters" "$@" 2>/tmp/qemu.err &
 	guest=$!
 	trap 'kill $guest 2>/dev/null' EXIT
 }
