@@ -12,14 +12,14 @@ B := tools/build
 LAB := tools/target/x86_64-unknown-linux-gnu/release/lab
 
 .NOTPARALLEL:
-.PHONY: help setup kernel lab-modules selftests tools guest guest-module fakehost-module bochs demo test stress lab check \
+.PHONY: help setup kernel lab-modules selftests tools guest guest-module fakehost-module lab-guests bochs demo test stress lab check \
 	bench modules modules_install clean distclean
 
 help:
 	@echo 'For a first look and for tests, on any machine (installs what it lacks):'
 	@echo '  make demo               look into a running guest from outside'
 	@echo '  make test               all tests in emulated hosts   [FLAVOUR=lab|debug]'
-	@echo '                                                        [VENDOR=amd|intel]'
+	@echo '                                                        [VENDOR=amd|intel] [SHORT=1]'
 	@echo '  make stress             everything at once, for long  [FLAVOUR=lab|debug] [SECONDS=60]'
 	@echo '  make lab                a shell in the emulated host  [FLAVOUR=lab|debug]'
 	@echo '  make check              formatting, lints, unit tests'
@@ -71,12 +71,18 @@ fakehost-module: kernel
 	@$(B)/modules.sh build/kernel/$(FLAVOUR)/kdir build/modules/$(FLAVOUR)-fakehost modules \
 		CONFIG_KVMI_HOST= KVMMEM_HOST=tools/lab/guest/fakehost/fakehost.o
 
+# Guests have the lab's kernel, also in a host with another one.
+lab-guests:
+	@$(MAKE) --no-print-directory lab-modules guest-module FLAVOUR=lab
+
 demo: FLAVOUR := lab
 demo: lab-modules tools guest guest-module
 	@$(LAB) run --flavour $(FLAVOUR) --name demo -- sh tools/lab/guest/demo.sh
 
-test: lab-modules selftests tools guest guest-module fakehost-module $(if $(filter amd,$(VENDOR)),,bochs)
-	@$(B)/test.sh $(FLAVOUR) $(VENDOR)
+test: $(if $(filter amd,$(VENDOR)),,bochs) \
+      $(if $(filter-out lab,$(FLAVOUR)),$(if $(SHORT)$(filter intel,$(VENDOR)),,lab-guests)) \
+      lab-modules selftests tools guest guest-module fakehost-module
+	@SHORT=$(SHORT) $(B)/test.sh $(FLAVOUR) $(VENDOR)
 
 stress: lab-modules tools
 	@$(LAB) run --flavour $(FLAVOUR) --name stress --timeout $$((2 * $(SECONDS) + 600)) -- \

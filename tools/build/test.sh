@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # test.sh FLAVOUR [VENDOR]: all tests in the emulated host of that vendor, amd
-# or intel, or in both.  The last line sums up everything.
+# or intel, or in both; with SHORT without what takes many minutes on AMD's debug
+# kernel.  The last line sums up everything.
 
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/parts.sh"
@@ -24,7 +25,7 @@ in_host() {
 		sh tools/lab/guest/test.sh "$flavour" "$@"
 }
 
-test_amd() { in_host test -- ; }
+test_amd() { in_host test -- ${SHORT:+short}; }
 
 # Two CPUs make races possible, one makes vCPUs take turns; KVM's own selftests
 # would tell nothing more on two.  They need another model than the default.

@@ -1,9 +1,10 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0 OR MIT
 #
-# test.sh FLAVOUR [kvmi_test]: all tests that run in the lab, or only our own, as
-# KTAP.  KVM's own selftests run before our module is loaded and with it: they
-# must not see a difference.  On the slow debug flavour they run with it only.
+# test.sh FLAVOUR [kvmi_test|short]: all tests that run in the lab, as KTAP; or only
+# our own; or without what takes many minutes.  KVM's own selftests run before our module
+# is loaded and with it: they must not see a difference.  On the slow debug flavour they
+# run with it only.
 
 set -u
 FLAVOUR=$1 only=${2:-}
@@ -152,11 +153,17 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 	# shellcheck disable=SC2086  # these are several words, or none
 	provider_test kvmi_test $pace $areas ${skip:+--skip "$skip"}
 	selftests "with kvmi_host"
-	# It takes a QEMU on the host, and patience on a debug kernel.
-	if [ $VENDOR-"$FLAVOUR" = amd-lab ]; then
+	# These take a QEMU on the host, and patience on a debug kernel.
+	case $FLAVOUR-$VENDOR-$only in
+	lab-amd-*)
 		check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
 		check "live guest whose boot is traced" sh tools/lab/guest/boot.sh "$FLAVOUR"
 		subtests "kvmmem in a guest" sh tools/lab/guest/kvmmem.sh "$FLAVOUR"
+		;;
+	debug-amd-) ;;
+	*) two_guests=no ;;
+	esac
+	if [ -z "${two_guests:-}" ]; then
 		subtests "kvmmem in an introspector" sh tools/lab/guest/kvmmem.sh "$FLAVOUR" host
 		check "introspector guest that maps another guest" sh tools/lab/guest/scene.sh "$FLAVOUR"
 	fi
