@@ -119,6 +119,10 @@ fn fill(root: &Path, host: &Host, dir: &RunDir) -> Result<()> {
             }
         }
     }
+    for name in &host.add {
+        let path = checkout.join(name);
+        copy(&path, &inside(root, &path)?)?;
+    }
     for script in [dir.init(), dir.command()] {
         copy(&script, &inside(root, &script)?)?;
     }
