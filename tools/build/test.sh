@@ -27,6 +27,16 @@ in_host() {
 
 test_amd() { in_host test -- ${SHORT:+short}; }
 
+# guest_files: what a host under Bochs needs to run a Linux guest with QEMU, one a line.
+guest_files() {
+	local qemu
+	qemu=$(command -v qemu-system-x86_64)
+	echo "$qemu"
+	ldd "$qemu" | grep -o '/[^ ]*'
+	printf '%s\n' /usr/share/seabios/bios-256k.bin /usr/share/qemu/{kvmvapic,linuxboot_dma}.bin \
+		build/guest.cpio.gz build/modules/lab-guest/patcher.ko build/kernel/lab/{bzImage,System.map}
+}
+
 # Two CPUs make races possible, one makes vCPUs take turns; KVM's own selftests
 # would tell nothing more on two.  They need another model than the default.
 # The debug kernel takes minutes for its boot alone, and is silent for long.
@@ -37,6 +47,8 @@ test_intel() {
 	fi
 	in_host test-intel --machine bochs --model corei7_skylake_x --
 	in_host test-intel-smp --machine bochs --cpus 2 -- kvmi_test
+	guest_files >build/guest-files
+	in_host test-intel-live --machine bochs --memory 1024 --files build/guest-files -- live
 }
 
 case $vendor in

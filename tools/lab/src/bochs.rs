@@ -109,7 +109,12 @@ fn fill(root: &Path, host: &Host, dir: &RunDir) -> Result<()> {
     fs::copy(busybox, root.join("bin/busybox"))?;
     symlink("busybox", root.join("bin/sh"))?;
     let checkout = host.checkout();
-    for line in FILES.lines() {
+    let mut files = FILES.to_string();
+    if let Some(list) = &host.files {
+        files += &fs::read_to_string(list)
+            .with_context(|| format!("cannot read {}", list.display()))?;
+    }
+    for line in files.lines() {
         let name = line.split('#').next().unwrap_or_default().trim();
         if !name.is_empty() {
             let path = checkout.join(name.replace("FLAVOUR", &host.flavour));
@@ -118,10 +123,6 @@ fn fill(root: &Path, host: &Host, dir: &RunDir) -> Result<()> {
                 copy(&path, &inside(root, &path)?)?;
             }
         }
-    }
-    for name in &host.add {
-        let path = checkout.join(name);
-        copy(&path, &inside(root, &path)?)?;
     }
     for script in [dir.init(), dir.command()] {
         copy(&script, &inside(root, &script)?)?;

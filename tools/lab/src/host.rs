@@ -68,8 +68,8 @@ pub struct Host {
     pub model: Option<String>,
     /// Memory in MiB, if not the machine's default.
     pub memory: Option<u32>,
-    /// More files of the checkout or the machine, if the host does not see all of them anyway.
-    pub add: Vec<PathBuf>,
+    /// List of more files that it has, if it does not see all of the machine's anyway.
+    pub files: Option<PathBuf>,
     build: PathBuf,
     machine: Box<dyn Machine>,
 }
@@ -160,7 +160,7 @@ impl Host {
             cpus: args.cpus,
             model: args.model.clone(),
             memory: args.memory,
-            add: args.add.clone(),
+            files: args.files.clone(),
             build,
             machine,
         })

@@ -67,10 +67,10 @@ struct HostArgs {
     /// One more argument for the kernel, for instance kvm-intel.ept=0; may be repeated.
     #[arg(long, value_name = "WORD")]
     append: Vec<String>,
-    /// One more file or folder that the host has, under the same name; may be repeated.  Bochs only,
-    /// under QEMU it has all of the machine's.
-    #[arg(long, value_name = "PATH")]
-    add: Vec<PathBuf>,
+    /// List of more files and folders that the host has under the same names, one a line.  Bochs
+    /// only: under QEMU it has all of the machine's.
+    #[arg(long, value_name = "LIST")]
+    files: Option<PathBuf>,
 }
 
 #[derive(Args)]
