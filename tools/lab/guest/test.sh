@@ -1,8 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0 OR MIT
 #
-# test.sh FLAVOUR [kvmi_test|live|short]: all tests that run in the lab, as KTAP; or only
-# our own; or only a Linux guest under QEMU; or without what takes many minutes.  KVM's own selftests run before our module
+# test.sh FLAVOUR [kvmi_test|events|live|short]: all tests that run in the lab, as KTAP; or
+# only our own; or only those of what guests do to registers; or only a Linux guest under
+# QEMU; or without what takes many minutes.  KVM's own selftests run before our module
 # is loaded and with it: they must not see a difference.  On the slow debug flavour they
 # run with it only.
 
@@ -147,13 +148,24 @@ no_leaks() {
 
 echo "KTAP version 1"
 check "load KVM ($VENDOR)" load_kvm
-if [ "$only" = live ]; then
+case $only in
+events | live)
 	check "load kvmi_host" insmod "$PROVIDER"
-	check "live guest whose boot is traced" sh tools/lab/guest/boot.sh "$FLAVOUR"
+	if [ "$only" = live ]; then
+		check "live guest whose boot is traced" sh tools/lab/guest/boot.sh "$FLAVOUR"
+	else
+		filters=
+		for kind in cr msr xsetbv descriptor hypercall breakpoint; do
+			filters="$filters --filter event_$kind"
+		done
+		# shellcheck disable=SC2086  # these are several words
+		provider_test kvmi_test --rounds-scale 0.05 $filters
+	fi
 	check "unload kvmi_host" rmmod kvmi_host
 	echo "1..$count"
 	exit
-fi
+	;;
+esac
 [ "$FLAVOUR" = debug ] || selftests "without kvmi_host"
 check "switch swap on" swap_on
 if check "load kvmi_host" insmod "$PROVIDER"; then

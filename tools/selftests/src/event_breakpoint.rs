@@ -2,7 +2,7 @@
 
 //! BREAKPOINT events: the guest is about to execute an INT3, which may be the tool's or its own.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use iced_x86::code_asm::*;
 use kvm_bindings::{kvm_guest_debug, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_SW_BP};
@@ -206,6 +206,10 @@ fn physical_address_is_told(_: &Ctx) {
 
 fn prefix_counts(_: &Ctx) {
     need_interception();
+    let told = fs::read_to_string("/sys/module/kvm_amd/parameters/nrips");
+    if !is_tcg() && told.is_ok_and(|told| told.trim() == "0") {
+        skip("the CPU does not tell how long instructions are");
+    }
     // REP and CS, which change nothing.
     let (vm, mut vcpu) = code_in(Mode::Long, |code| emit(code.db(&[0xf3, 0x2e, INT3])));
     let mut tool = vm.hook_allowing_all();
