@@ -111,8 +111,8 @@ fn fill(root: &Path, host: &Host, dir: &RunDir) -> Result<()> {
     let checkout = host.checkout();
     let mut files = FILES.to_string();
     if let Some(list) = &host.files {
-        files += &fs::read_to_string(list)
-            .with_context(|| format!("cannot read {}", list.display()))?;
+        files +=
+            &fs::read_to_string(list).with_context(|| format!("cannot read {}", list.display()))?;
     }
     for line in files.lines() {
         let name = line.split('#').next().unwrap_or_default().trim();
