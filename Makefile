@@ -12,8 +12,8 @@ B := tools/build
 LAB := tools/target/x86_64-unknown-linux-gnu/release/lab
 
 .NOTPARALLEL:
-.PHONY: help setup kernel lab-modules selftests tools guest guest-module fakehost-module lab-guests bochs demo test stress lab check \
-	bench modules modules_install clean distclean
+.PHONY: help setup kernel lab-modules selftests tools guest guest-module fakehost-module lab-guests bochs \
+	demo test stress lab check bench modules modules_install clean distclean
 
 help:
 	@echo 'For a first look and for tests, on any machine (installs what it lacks):'

@@ -52,7 +52,8 @@ line() {
 
 # The figures of one boot of the machine can be compared.
 { load_kvm && insmod "$PROVIDER"; } || fail "KVM cannot be loaded"
-launch_guest work -append "$parameters work=1"
+parameters="$parameters work=1"
+launch_guest work
 wait_for 60 '^work:' || fail "the guest does not work: $(cat $console)"
 {
 	line "no tool"

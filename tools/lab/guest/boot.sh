@@ -40,7 +40,8 @@ counted() { awk -v what="$1" '$1 == what { print $2 }' /tmp/trace | tail -n 1; }
 caption "Trace a guest from its first instruction on"
 rm -f /tmp/monitor.in /tmp/monitor.out
 mkfifo /tmp/monitor.in /tmp/monitor.out
-launch_guest boot -S -monitor pipe:/tmp/monitor -append "$parameters turns=$turns"
+parameters="$parameters turns=$turns"
+launch_guest boot -S -monitor pipe:/tmp/monitor
 for _ in $(seq 30); do
 	! kvmictl list | grep -q "^ *$guest " || break
 	sleep 1

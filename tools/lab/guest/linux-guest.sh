@@ -9,7 +9,7 @@ console=/tmp/console
 # A guest with the debug kernel would take minutes to boot.
 guest_kernel=build/kernel/lab
 map=$guest_kernel/System.map
-# Of the guest's kernel.
+# Of the guest's kernel; there may be more before it is launched.
 parameters="console=ttyS0 loglevel=4 panic=-1"
 # The kernel's code and constants, for kvmictl guard; two words.
 locked="_stext.._etext __start_rodata..__end_rodata"

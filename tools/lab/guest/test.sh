@@ -13,13 +13,13 @@ FLAVOUR=$1 only=${2:-}
 
 # What checks of the debug flavour cost under emulation: time, hence rounds.
 limit=120 too_slow='' pace='' areas='' skip=''
+# filters AREA…: options for these.
+filters() { printf -- '--filter %s ' "$@"; }
 case $FLAVOUR-$VENDOR in
 debug-intel)
 	# What depends on the vendor; all the rest has run on AMD's machine.
 	limit=600 pace="--rounds-scale 0.02 --timeout-scale 5"
-	for area in access. access_ address. event_ hotplug. inject. pause. registers. state. xsave.; do
-		areas="$areas --filter $area"
-	done
+	areas=$(filters access. access_ address. event_ hotplug. inject. pause. registers. state. xsave.)
 	;;
 debug-*) limit=600 too_slow=set_memory_region_test pace="--rounds-scale 0.05 --timeout-scale 5" ;;
 *-intel)
@@ -133,6 +133,11 @@ tuned() {
 # Tests swap their memory out.  It is swapped to a RAM disk.
 swap_on() { mkswap /dev/ram0 && swapon /dev/ram0; }
 
+map_other_guests() {
+	subtests "kvmmem in an introspector" sh tools/lab/guest/kvmmem.sh "$FLAVOUR" host
+	check "introspector guest that maps another guest" sh tools/lab/guest/scene.sh "$FLAVOUR"
+}
+
 load_vendor_module() {
 	rmmod kvmi_host && rmmod "kvm-$VENDOR" && load_module "kvm-$VENDOR" "$1" && insmod "$PROVIDER"
 }
@@ -154,12 +159,9 @@ events | live)
 	if [ "$only" = live ]; then
 		check "live guest whose boot is traced" sh tools/lab/guest/boot.sh "$FLAVOUR"
 	else
-		filters=
-		for kind in cr msr xsetbv descriptor hypercall breakpoint; do
-			filters="$filters --filter event_$kind"
-		done
-		# shellcheck disable=SC2086  # these are several words
-		provider_test kvmi_test --rounds-scale 0.05 $filters
+		# shellcheck disable=SC2046  # these are several words
+		provider_test kvmi_test --rounds-scale 0.05 \
+			$(filters event_cr event_msr event_xsetbv event_descriptor event_hypercall event_breakpoint)
 	fi
 	check "unload kvmi_host" rmmod kvmi_host
 	echo "1..$count"
@@ -178,14 +180,10 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 		check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
 		check "live guest whose boot is traced" sh tools/lab/guest/boot.sh "$FLAVOUR"
 		subtests "kvmmem in a guest" sh tools/lab/guest/kvmmem.sh "$FLAVOUR"
+		map_other_guests
 		;;
-	debug-amd-) ;;
-	*) two_guests=no ;;
+	debug-amd-) map_other_guests ;;
 	esac
-	if [ -z "${two_guests:-}" ]; then
-		subtests "kvmmem in an introspector" sh tools/lab/guest/kvmmem.sh "$FLAVOUR" host
-		check "introspector guest that maps another guest" sh tools/lab/guest/scene.sh "$FLAVOUR"
-	fi
 	case $VENDOR in
 	amd) again "shadow paging" npt=0 ;;
 	intel)
