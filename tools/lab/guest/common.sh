@@ -37,7 +37,7 @@ make_initrd() {
 	initrd=$1 init=$2
 	shift 2
 	dir=$(mktemp -d)
-	mkdir "$dir/bin" "$dir/dev" "$dir/proc" "$dir/sys"
+	mkdir "$dir/bin" "$dir/dev" "$dir/proc" "$dir/sys" "$dir/tmp"
 	cp "$(command -v busybox)" "$dir/bin/busybox"
 	cp "$@" "$dir/"
 	cp "$init" "$dir/init"

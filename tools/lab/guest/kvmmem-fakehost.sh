@@ -9,33 +9,16 @@ set -u
 FLAVOUR=$1
 shift
 . tools/lab/guest/common.sh
-
-count=0
-
-# check NAME COMMAND…
-check() {
-	name=$1
-	shift
-	count=$((count + 1))
-	if "$@" >/tmp/kvmmem.log 2>&1; then
-		echo "ok $count $name"
-	else
-		sed 's/^/# /' /tmp/kvmmem.log
-		echo "not ok $count $name"
-		status=1
-	fi
-}
+. tools/lab/guest/ktap.sh
 
 # Pages that this host has refused to unmap are lost for good.
 # shellcheck disable=SC2317  # check calls it
 nothing_left() { ! grep -v -e ' 0$' -e '^quarantined ' /sys/kernel/debug/kvmmem/counters; }
 
-status=0
 echo "KTAP version 1"
 check "load kvmmem" insmod "build/modules/$FLAVOUR-fakehost/kvmmem.ko"
-{ "$BIN/kvmmem_test" "$@"; echo $? >/tmp/kvmmem.status; } | sed 's/^/  /'
-check "kvmmem_test" [ "$(cat /tmp/kvmmem.status)" = 0 ]
+subtests "kvmmem_test" "$BIN/kvmmem_test" "$@"
 check "nothing is left in kvmmem" nothing_left
 check "unload kvmmem" rmmod kvmmem
 echo "1..$count"
-exit $status
+exit "$failed"

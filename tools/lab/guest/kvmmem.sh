@@ -10,6 +10,7 @@
 set -u
 FLAVOUR=$1 host=${2:-}
 . tools/lab/guest/common.sh
+. tools/lab/guest/ktap.sh
 
 MODULE=build/modules/$FLAVOUR/kvmmem.ko
 console=/tmp/kvmmem.console
@@ -19,7 +20,7 @@ memory=256M
 
 # bail REASON: there are no results.
 bail() {
-	sed 's/^/# /' /tmp/kvmmem.err $console
+	quote /tmp/kvmmem.err $console
 	echo "Bail out! $*"
 	exit 1
 }
@@ -27,7 +28,8 @@ bail() {
 : >$console
 : >$out
 : >/tmp/kvmmem.err
-make_initrd /tmp/kvmmem.cpio tools/lab/guest/kvmmem-init "$MODULE" "$BIN/kvmmem_test"
+make_initrd /tmp/kvmmem.cpio tools/lab/guest/kvmmem-init tools/lab/guest/ktap.sh \
+	"$MODULE" "$BIN/kvmmem_test"
 
 [ $# -lt 2 ] || shift
 shift
@@ -63,30 +65,21 @@ wait $qemu || bail "QEMU ended with an error"
 grep -q '^1\.\.' $out || bail "the guest went down"
 sed '/^1\.\.[0-9]*$/d' $out
 count=$(grep -c '^\(not \)\?ok ' $out)
-
-# result "ok"|"not ok" NAME
-result() {
-	count=$((count + 1))
-	echo "$1 $count $2"
-	[ "$1" = ok ] || failed=1
-}
-
-failed=0
 ! grep -q '^ *not ok' $out || failed=1
 # The lab itself is a machine without KVM below, unless the real machine has one.
 if [ -z "$host" ]; then
 	if insmod "$MODULE" 2>/tmp/kvmmem.err; then
 		rmmod kvmmem
-		result ok "load kvmmem without KVM # SKIP this is a guest of KVM"
+		result ok "load kvmmem without KVM" "SKIP this is a guest of KVM"
 	elif grep -q 'No such device' /tmp/kvmmem.err; then
 		result ok "load kvmmem without KVM"
 	else
-		sed 's/^/# /' /tmp/kvmmem.err
+		quote /tmp/kvmmem.err
 		result "not ok" "load kvmmem without KVM"
 	fi
 fi
 if trouble $console >/tmp/kvmmem.err; then
-	sed 's/^/# /' /tmp/kvmmem.err
+	quote /tmp/kvmmem.err
 	result "not ok" "the guest's kernel logged no report"
 else
 	result ok "the guest's kernel logged no report"

@@ -10,6 +10,7 @@
 set -u
 FLAVOUR=$1 only=${2:-}
 . tools/lab/guest/common.sh
+. tools/lab/guest/ktap.sh
 
 # What checks of the debug flavour cost under emulation: time, hence rounds.
 limit=120 too_slow='' pace='' areas='' skip=''
@@ -29,31 +30,6 @@ debug-*) limit=600 too_slow=set_memory_region_test pace="--rounds-scale 0.05 --t
 	;;
 esac
 
-count=0
-log=/tmp/log
-leaks=/sys/kernel/debug/kmemleak
-
-# result "ok"|"not ok" NAME [DIRECTIVE]
-result() {
-	count=$((count + 1))
-	echo "$1 $count $2${3:+ # $3}"
-}
-
-show_log() { tail -n 40 $log | sed 's/^/# /'; }
-
-# check NAME COMMAND…
-check() {
-	name=$1
-	shift
-	if "$@" >$log 2>&1; then
-		result ok "$name"
-	else
-		show_log
-		result "not ok" "$name"
-		return 1
-	fi
-}
-
 # selftest WHERE NAME[,ARG…] EXPECTED [REASON…]
 selftest() {
 	where=$1 name=${2%%,*} expected=$3 IFS=,
@@ -62,7 +38,7 @@ selftest() {
 	unset IFS
 	[ $# -eq 0 ] || shift # the empty word before the first comma
 	start=$(cut -d . -f 1 /proc/uptime)
-	timeout -k 5 $limit "build/selftests/$name" "$@" >$log 2>&1 </dev/null
+	timeout -k 5 $limit "build/selftests/$name" "$@" >/tmp/log 2>&1 </dev/null
 	case $? in
 	0) got=pass ;;
 	4) got=skip ;;
@@ -70,7 +46,7 @@ selftest() {
 	esac
 	note="$where, $(($(cut -d . -f 1 /proc/uptime) - start)) s"
 	if [ $got != "$expected" ]; then
-		show_log
+		quote /tmp/log
 		result "not ok" "$name ($note): $got, expected $expected"
 	elif [ $got = skip ]; then
 		result ok "$name ($note)" "SKIP as on an unpatched kernel"
@@ -98,20 +74,14 @@ selftests() {
 provider_test() {
 	name=$1
 	shift
-	subtests "$name" "$BIN/kvmi_test" "$@"
+	limited "$name" "$BIN/kvmi_test" "$@"
 }
 
-# subtests NAME COMMAND…: its output is KTAP itself and becomes a test with subtests.
-subtests() {
+# limited NAME COMMAND…: subtests that end.
+limited() {
 	name=$1
 	shift
-	{ timeout -k 5 $((limit * 15)) "$@" 2>&1 </dev/null; echo $? >/tmp/status; } |
-		while IFS= read -r line; do echo "  $line"; done
-	case $(cat /tmp/status) in
-	0) result ok "$name" ;;
-	4) result ok "$name" "SKIP" ;;
-	*) result "not ok" "$name" "exit status $(cat /tmp/status)" ;;
-	esac
+	subtests "$name" timeout -k 5 $((limit * 15)) "$@"
 }
 
 # again NAME ARGUMENT: what depends on paging, with KVM's vendor module loaded anew.
@@ -126,7 +96,7 @@ again() {
 tuned() {
 	check "load kvmi_host with $1" insmod "$PROVIDER" "$1" || return
 	# shellcheck disable=SC2086  # $pace is several words, or none
-	subtests "kvmi_test, $1" env "$1" "$BIN/kvmi_test" $pace --filter "$2"
+	limited "kvmi_test, $1" env "$1" "$BIN/kvmi_test" $pace --filter "$2"
 	check "unload kvmi_host with $1" rmmod kvmi_host
 }
 
@@ -134,21 +104,12 @@ tuned() {
 swap_on() { mkswap /dev/ram0 && swapon /dev/ram0; }
 
 map_other_guests() {
-	subtests "kvmmem in an introspector" sh tools/lab/guest/kvmmem.sh "$FLAVOUR" host
+	limited "kvmmem in an introspector" sh tools/lab/guest/kvmmem.sh "$FLAVOUR" host
 	check "introspector guest that maps another guest" sh tools/lab/guest/scene.sh "$FLAVOUR"
 }
 
 load_vendor_module() {
 	rmmod kvmi_host && rmmod "kvm-$VENDOR" && load_module "kvm-$VENDOR" "$1" && insmod "$PROVIDER"
-}
-
-# The addresses of a module's code have names only as long as it is loaded.
-# Objects younger than 5 s are not looked at, and a first scan may err.
-no_leaks() {
-	sleep 5
-	echo scan >$leaks
-	echo scan >$leaks
-	! grep . $leaks
 }
 
 echo "KTAP version 1"
@@ -179,7 +140,7 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 	lab-amd-*)
 		check "live guest with a locked kernel" sh tools/lab/guest/live.sh "$FLAVOUR"
 		check "live guest whose boot is traced" sh tools/lab/guest/boot.sh "$FLAVOUR"
-		subtests "kvmmem in a guest" sh tools/lab/guest/kvmmem.sh "$FLAVOUR"
+		limited "kvmmem in a guest" sh tools/lab/guest/kvmmem.sh "$FLAVOUR"
 		map_other_guests
 		;;
 	debug-amd-) map_other_guests ;;
@@ -191,7 +152,8 @@ if check "load kvmi_host" insmod "$PROVIDER"; then
 		again "EPT without A/D bits" eptad=0
 		;;
 	esac
-	[ ! -w $leaks ] || check "no memory leaked" no_leaks
+	# The addresses of a module's code have names only as long as it is loaded.
+	[ ! -w "$leaks" ] || check "no memory leaked" no_leaks
 	check "unload kvmi_host" rmmod kvmi_host
 	tuned event_timeout_ms=700 time_limit.default
 	tuned hypercall_rate=5 event_hypercall.calls_of_user_space
@@ -204,5 +166,5 @@ debug-amd) rounds=20 ;;
 *) rounds=200 ;;
 esac
 [ $VENDOR != amd ] ||
-	subtests "kvmmem with a host built in" sh tools/lab/guest/kvmmem-fakehost.sh "$FLAVOUR" --rounds $rounds
+	limited "kvmmem with a host built in" sh tools/lab/guest/kvmmem-fakehost.sh "$FLAVOUR" --rounds $rounds
 echo "1..$count"
