@@ -159,9 +159,13 @@ impl GuestEvent {
         }
     }
 
-    /// The same, but the register gets, or the hypercall returns, another value.
-    pub(crate) fn with_value(mut self, value: u64) -> Self {
-        self.new_value = value;
+    /// The same as the tool has let it go on: with another value for the register perhaps; a call has
+    /// been taken. What nobody has answered goes on as it is.
+    pub(crate) fn answered(mut self, new_value: Option<u64>) -> Self {
+        self.new_value = match self.event {
+            Event::Hypercall => 0,
+            _ => new_value.unwrap_or(self.new_value),
+        };
         self
     }
 }

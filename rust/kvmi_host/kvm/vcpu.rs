@@ -107,6 +107,11 @@ pub(crate) enum Woken {
 }
 
 /// A vCPU whose thread this is, in a callback that may wait.
+///
+/// # Invariants
+///
+/// `ptr` is valid, and this is its vCPU's thread in `ops->vcpu_work` or in `ops->hypercall`, which
+/// kvm.ko calls alike: with `kvm->srcu` held, and without any lock.
 pub(crate) struct CurrentVcpu {
     ptr: VcpuPtr,
     _not_send: NotThreadSafe,
@@ -118,6 +123,7 @@ impl CurrentVcpu {
     /// Must be called on the vCPU's thread in a callback that may wait, and the value must not
     /// outlive that.
     pub(super) unsafe fn new(ptr: VcpuPtr) -> Self {
+        // INVARIANT: By the safety requirements.
         Self {
             ptr,
             _not_send: NotThreadSafe,

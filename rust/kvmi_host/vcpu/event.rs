@@ -27,9 +27,6 @@ use crate::{
     module_parameters, //
 };
 
-/// What a call to the tool returns if there is nobody who takes it (`KVM_ENOSYS`).
-const NOBODY_CALLED: i64 = -1000;
-
 /// The privilege level of user mode.
 const USER: u8 = 3;
 
@@ -80,21 +77,16 @@ impl Vcpu {
     }
 
     /// Asks the tool about what the guest is about to do. What is then done is decided when the event
-    /// is finished; without a tool, the guest does what it likes. Fails only because of a signal.
+    /// is finished; without a tool, the guest does what it likes, and a call returns that nobody takes
+    /// it. Fails only because of a signal.
     pub(super) fn report(
         &self,
         thread: &mut ThreadState,
         current: &CurrentVcpu,
         event: &GuestEvent,
     ) -> Result {
-        if event.event() == Event::Hypercall && event.cpl() == USER && !may_call(thread) {
-            // The same bits: the guest takes it for a signed number.
-            current.decide(&event.with_value(NOBODY_CALLED as u64));
-            thread.guest_event = None;
-            return Ok(());
-        }
-        let asked = self.raise(thread, current, event.event(), event.specific().as_bytes())?;
-        if !asked {
+        let denied = event.event() == Event::Hypercall && event.cpl() == USER && !may_call(thread);
+        if denied || !self.raise(thread, current, event.event(), event.specific().as_bytes())? {
             current.decide(event);
             thread.guest_event = None;
         }

@@ -334,26 +334,23 @@ impl Vcpu {
             drop(inbox);
             if closed {
                 thread.new_regs = None;
-                return Ok(self.resolve(thread, current, event, Action::Continue, None));
+                return Ok(self.resolve(thread, current, event, None));
             }
-            if let Some(answer) = answer {
-                let EventAnswer {
-                    action, new_value, ..
-                } = answer;
-                return Ok(self.resolve(thread, current, event, action, new_value));
+            if answer.is_some() {
+                return Ok(self.resolve(thread, current, event, answer));
             }
         }
     }
 
-    /// Does what the tool has decided about an event.
+    /// Does what the tool has decided about an event, or, without an answer, lets the guest go on.
     fn resolve(
         &self,
         thread: &mut ThreadState,
         current: &CurrentVcpu,
         event: Option<Event>,
-        action: Action,
-        new_value: Option<u64>,
+        answer: Option<EventAnswer>,
     ) -> WorkDone {
+        let action = answer.map_or(Action::Continue, |answer| answer.action);
         let regs = thread.new_regs.take();
         let violation = thread.violation.take_if(|_| event == Some(Event::Pf));
         let guest_event = thread.guest_event.take_if(|e| event == Some(e.event()));
@@ -369,8 +366,8 @@ impl Vcpu {
                 current.permit(&violation);
             }
             if let Some(event) = guest_event {
-                let value = |value| event.with_value(value);
-                current.decide(&new_value.map_or(event, value));
+                let answered = |answer: EventAnswer| event.answered(answer.new_value);
+                current.decide(&answer.map_or(event, answered));
             }
         }
         WorkDone::Enter
