@@ -15,7 +15,8 @@ use zerocopy::IntoBytes as _;
 use crate::{
     access_tool::emit,
     event_code::{
-        add_vcpu, has_umip, load, load_user, set_handler, write_cr, CODE, DATA, USER_GPA,
+        add_vcpu, attempt, faults, has_umip, load, load_user, set_handler, survive, write_cr, CODE,
+        DATA, USER_GPA,
     },
     event_common::{control_event, expect_crash, Doing, Wish},
     guest::Mode,
@@ -37,6 +38,8 @@ pub const TESTS: &[Test] = &[
     test!(crash_ends_kvm_run),
     test!(accesses_of_user_space_are_told),
     test!(prevented_instructions_stay_prevented),
+    test!(stores_to_memory_have_two_bytes),
+    test!(task_of_16_bits_faults_in_long_mode),
     test!(accesses_of_the_vmm_make_no_event),
     test!(next_tool_is_told_nothing),
 ];
@@ -293,6 +296,53 @@ fn prevented_instructions_stay_prevented(_: &Ctx) {
         }
         assert_eq!(vcpu.exit(), Exit::Out(0x13), "{wanted:?}");
         tool.settle();
+    }
+}
+
+fn stores_to_memory_have_two_bytes(_: &Ctx) {
+    let mut vm = TestVm::new();
+    let mut vcpu = add_vcpu(&mut vm, Mode::Long);
+    write_tables(&vm, &mut vcpu);
+    load(&vm, &mut vcpu, Mode::Long, |code| {
+        emit(code.mov(rbx, DATA));
+        // sldt and str, with REX.W: there is no other way to say so.
+        emit(code.db(&[0x48, 0x0f, 0x00, 0x03]));
+        emit(code.db(&[0x48, 0x0f, 0x00, 0x4b, 0x08]));
+    });
+    vm.memory.write(DATA, &[0xff; 16]);
+    let mut tool = vm.hook_allowing_all();
+    run_telling(&mut tool, &mut vcpu);
+    tool.let_pass(0, &[access(Ldtr, false), access(Tr, false)]);
+    tool.expect_end(&mut vcpu);
+    let sregs = vcpu.sregs();
+    for (at, selector) in [(DATA, sregs.ldt.selector), (DATA + 8, sregs.tr.selector)] {
+        let mut expected = [0xff; 8];
+        expected[..2].copy_from_slice(&selector.to_le_bytes());
+        assert_eq!(vm.memory.read(at, 8), expected);
+    }
+}
+
+fn task_of_16_bits_faults_in_long_mode(_: &Ctx) {
+    for mode in [Mode::Long, Mode::Compat32] {
+        note!("{mode:?}");
+        let mut vm = TestVm::new();
+        let mut vcpu = add_vcpu(&mut vm, mode);
+        write_tables(&vm, &mut vcpu);
+        let tss = 0x0000_8100_0000_002b | DATA << 16;
+        vm.memory
+            .write(TABLES + u64::from(TSS), &u64::to_le_bytes(tss));
+        survive(&vm, &mut vcpu, mode, 13);
+        load(&vm, &mut vcpu, mode, |code| {
+            emit(code.mov(eax, TSS));
+            attempt(code, |code| emit(code.ltr(ax)));
+        });
+        let tr = vcpu.sregs().tr;
+        let mut tool = vm.hook_allowing_all();
+        run_telling(&mut tool, &mut vcpu);
+        tool.let_pass(0, &[access(Tr, true)]);
+        tool.expect_end(&mut vcpu);
+        assert_eq!(faults(&vm), 1);
+        assert_eq!(vcpu.sregs().tr, tr);
     }
 }
 

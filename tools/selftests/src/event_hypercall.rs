@@ -25,6 +25,7 @@ pub const TESTS: &[Test] = &[
     test!(event_can_be_switched_on_and_off),
     test!(call_is_told_and_succeeds_in_each_mode),
     test!(call_fails_without_the_event),
+    test!(call_that_nobody_answers_fails),
     test!(only_the_calls_of_the_protocol_are_told),
     test!(data_goes_both_ways),
     test!(instruction_of_the_other_vendor_is_told_once),
@@ -133,6 +134,20 @@ fn call_fails_without_the_event(_: &Ctx) {
     assert_eq!(vcpu.run_until_exit(), Exit::Out(0x10));
     let regs = vcpu.regs();
     assert_eq!((regs.r8, regs.rax as i64), (0, NO_SYS));
+}
+
+fn call_that_nobody_answers_fails(_: &Ctx) {
+    let (vm, mut vcpu) = code_in(Mode::Long, |code| {
+        emit(code.out(0x11, al));
+        call(code);
+    });
+    let mut tool = vm.hook_allowing_all();
+    tool.run_telling(&mut vcpu, &[WISH]);
+    assert_eq!(vcpu.exit(), Exit::Out(0x11));
+    sys::event(&vm, 0, Event::Hypercall.id().into()).expect("an event can be disallowed");
+    vcpu.run();
+    tool.expect_end(&mut vcpu);
+    assert_eq!(vcpu.regs().rax as i64, NO_SYS);
 }
 
 fn only_the_calls_of_the_protocol_are_told(_: &Ctx) {
@@ -317,6 +332,7 @@ fn next_tool_is_told_nothing(_: &Ctx) {
             drop(tool.disconnect());
         }
         assert_eq!(vcpu.exit(), Exit::Out(0x10));
+        assert_eq!(vcpu.regs().rax as i64, NO_SYS);
         if !unhook {
             vm.unhook();
         }

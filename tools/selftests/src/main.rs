@@ -29,6 +29,7 @@ mod device;
 mod event_boot;
 mod event_breakpoint;
 mod event_code;
+mod event_code_breakpoint;
 mod event_common;
 mod event_corpus;
 mod event_cr;
@@ -157,6 +158,7 @@ fn registry() -> impl Iterator<Item = &'static Test> {
         event_xsetbv::TESTS,
         event_descriptor::TESTS,
         event_breakpoint::TESTS,
+        event_code_breakpoint::TESTS,
         event_hypercall::TESTS,
         event_step::TESTS,
         event_step_insns::TESTS,
