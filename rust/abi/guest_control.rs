@@ -81,9 +81,10 @@ impl ControlMsr {
 }
 
 /// Whether writes to an MSR can make events: it is one of the two ranges that CPUs of both vendors
-/// have bits for in their MSR bitmaps.
+/// have bits for in their MSR bitmaps, but none of the last branch and exception (LASTBRANCHFROMIP to
+/// LASTINTTOIP), which KVM cannot write in the guest's place.
 pub const fn is_controllable_msr(msr: u32) -> bool {
-    matches!(msr, 0..=0x1fff | 0xc000_0000..=0xc000_1fff)
+    matches!(msr, 0..=0x1fff | 0xc000_0000..=0xc000_1fff) && !matches!(msr, 0x1db..=0x1de)
 }
 
 /// Request of `VCPU_CONTROL_SINGLESTEP` (`kvmi_vcpu_control_singlestep`).
@@ -186,6 +187,10 @@ mod tests {
     fn only_msrs_of_two_ranges_can_be_chosen() {
         for (msr, fine) in [
             (0, true),
+            (0x1da, true),
+            (0x1db, false),
+            (0x1de, false),
+            (0x1df, true),
             (0x1fff, true),
             (0x2000, false),
             (0x4b56_4d00, false),

@@ -273,7 +273,7 @@ struct kvmi_vcpu_control_msr {
 	__u8 enable;
 	__u8 padding1;
 	__u16 padding2;
-	__u32 msr;		/* up to 0x1fff, or 0xc0000000 to 0xc0001fff */
+	__u32 msr;		/* up to 0x1fff but 0x1db to 0x1de, 0xc0000000 to 0xc0001fff */
 };
 
 struct kvmi_vcpu_control_singlestep {

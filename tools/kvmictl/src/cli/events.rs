@@ -120,5 +120,6 @@ fn controllable_msr(text: &str) -> Result<Msr, String> {
     if is_controllable_msr(msr.0) {
         return Ok(msr);
     }
-    Err("only MSRs up to 0x1fff and from 0xc0000000 to 0xc0001fff can be traced".to_owned())
+    let which = "up to 0x1fff, without 0x1db to 0x1de, and from 0xc0000000 to 0xc0001fff";
+    Err(format!("only MSRs {which} can be traced"))
 }
