@@ -61,23 +61,22 @@ pub fn run(arguments: &cli::Break, output: &mut Output) -> Result<()> {
     stepper::check(&mut session.vm)?;
     // From here on an interrupt ends the breakpoints rather than the process.
     let waiter = session.watch()?;
+    // A guest whose tool was thrown out because of a delay would crash at the next breakpoint.
+    session.allow_pause(None)?;
     let report = Report::new(session.subject(), output);
-    let (mut breaks, resumed) = Breaks::start(arguments, symbols, &mut session, report)?;
+    let (mut breaks, started) = Breaks::start(arguments, symbols, &mut session, report)?;
 
     // From here on nothing returns before the breakpoints are out.
     let begun = breaks.begun;
-    let outcome = resumed
-        .map_err(anyhow::Error::from)
-        .and_then(|()| breaks.begin())
-        .and_then(|()| {
-            serve::serve(
-                &mut breaks,
-                &mut session.vm,
-                &waiter,
-                arguments.until,
-                begun,
-            )
-        });
+    let outcome = started.and_then(|()| breaks.begin()).and_then(|()| {
+        serve::serve(
+            &mut breaks,
+            &mut session.vm,
+            &waiter,
+            arguments.until,
+            begun,
+        )
+    });
     let outcome = serve::judge(outcome, &waiter);
     let stop = breaks.finish(session, &waiter, outcome, &arguments.vm)?;
     let (hits, others) = (breaks.hits, breaks.others);
@@ -103,21 +102,21 @@ struct Breaks<'a> {
 }
 
 impl<'a> Breaks<'a> {
-    /// Puts the breakpoints in while the VM stands still. They are there whether or not it could be
-    /// resumed.
+    /// Puts the breakpoints in while the VM stands still. Some may be there even if not all could be
+    /// put in, or if the VM could not be resumed.
     fn start(
         arguments: &cli::Break,
         symbols: Option<Symbols>,
         session: &mut Session,
         report: Report<'a>,
-    ) -> Result<(Self, Result<(), Error>)> {
+    ) -> Result<(Self, Result<()>)> {
         let mut paused = session.pause()?;
         let names = Names::locate_paused(symbols, &mut paused)?;
         let places = places(&arguments.addresses, &names, &mut paused)?;
         let mut roster = Roster::default();
         // First: nobody else knows what to do about a breakpoint.
         roster.prepare(&mut paused, switch_on)?;
-        let patches = Patches::insert(&mut paused, &places)?;
+        let (patches, inserted) = Patches::insert(&mut paused, &places);
         let breaks = Self {
             patches,
             names,
@@ -130,7 +129,7 @@ impl<'a> Breaks<'a> {
             pending: None,
             stepping: None,
         };
-        Ok((breaks, paused.resume()))
+        Ok((breaks, inserted.and_then(|()| Ok(paused.resume()?))))
     }
 
     fn begin(&mut self) -> Result<()> {

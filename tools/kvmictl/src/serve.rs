@@ -76,7 +76,8 @@ pub fn serve(
             Some(Event::Unhook { .. }) => return Ok(Stop::Unhook),
             _ => {}
         }
-        if until.count == Some(handler.count()) {
+        // One event may count more than once.
+        if until.count.is_some_and(|count| handler.count() >= count) {
             return Ok(Stop::Count);
         }
         let left = until

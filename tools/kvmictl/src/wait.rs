@@ -17,7 +17,7 @@ use rustix::{
     io::Errno,
 };
 use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
+    consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM},
     low_level::pipe,
 };
 
@@ -52,7 +52,7 @@ impl Waiter {
 
     fn watch(vmm: Option<BorrowedFd<'_>>, socket: BorrowedFd<'_>) -> io::Result<Self> {
         let (signals, sender) = UnixStream::pair()?;
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
+        for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
             pipe::register(signal, sender.try_clone()?)?;
         }
         Ok(Self {

@@ -51,16 +51,13 @@ pub struct Patches(Vec<Patch>);
 
 impl Patches {
     /// Puts breakpoints into the memory of a guest that stands still: virtual addresses, and where
-    /// they are. After an error there is none.
-    pub fn insert<S: AsFd>(vm: &mut Connection<S>, places: &[(u64, u64)]) -> Result<Self> {
+    /// they are. Also gives those that may be there if not all could be put in.
+    pub fn insert<S: AsFd>(vm: &mut Connection<S>, places: &[(u64, u64)]) -> (Self, Result<()>) {
         let mut patches = Self::default();
-        for (gva, gpa) in places {
-            if let Err(error) = patches.add(vm, *gva, *gpa) {
-                patches.remove(vm)?;
-                return Err(error);
-            }
-        }
-        Ok(patches)
+        let outcome = places
+            .iter()
+            .try_for_each(|(gva, gpa)| patches.add(vm, *gva, *gpa));
+        (patches, outcome)
     }
 
     fn add<S: AsFd>(&mut self, vm: &mut Connection<S>, gva: u64, gpa: u64) -> Result<()> {
@@ -76,9 +73,9 @@ impl Patches {
             return Err(Problem::new(what, hint).into());
         }
         let patch = Patch { gva, gpa, original };
-        patch.put_in(vm)?;
+        // Before it is known to be there: the reply may get lost.
         self.0.push(patch);
-        Ok(())
+        Ok(patch.put_in(vm)?)
     }
 
     /// The breakpoint at a guest physical address.
@@ -135,11 +132,18 @@ mod tests {
         with_script(host, test)
     }
 
+    /// Puts breakpoints in.
+    fn insert(bytes: &mut BTreeMap<u64, u8>, places: &[(u64, u64)]) -> Patches {
+        let (patches, outcome) = with_bytes(bytes, |vm| Patches::insert(vm, places));
+        outcome.unwrap();
+        patches
+    }
+
     #[test]
     fn memory_is_as_before_when_the_breakpoints_are_out() {
         let mut bytes = BTreeMap::from([(0x1000, 0x55), (0x2000, 0x41)]);
         let places = [(0xf1000, 0x1000), (0xf2000, 0x2000), (0xe1000, 0x1000)];
-        let patches = with_bytes(&mut bytes, |vm| Patches::insert(vm, &places)).unwrap();
+        let patches = insert(&mut bytes, &places);
         assert_eq!(bytes, BTreeMap::from([(0x1000, INT3), (0x2000, INT3)]));
         assert_eq!(patches.all().len(), 2);
         assert_eq!(patches.at(0x1000).map(|patch| patch.gva), Some(0xf1000));
@@ -154,23 +158,49 @@ mod tests {
     }
 
     #[test]
-    fn all_or_none_are_put_in() {
+    fn those_that_were_put_in_are_known_if_others_were_not() {
         for (last, bytes) in [(0x3000, None), (0x3000, Some(INT3))] {
             let mut bytes: BTreeMap<u64, u8> =
                 bytes.map(|byte| (0x3000, byte)).into_iter().collect();
             bytes.insert(0x1000, 0x55);
             let before = bytes.clone();
             let places = [(0xf1000, 0x1000), (0xf3000, last)];
-            with_bytes(&mut bytes, |vm| Patches::insert(vm, &places)).unwrap_err();
+            let (patches, outcome) = with_bytes(&mut bytes, |vm| Patches::insert(vm, &places));
+            outcome.unwrap_err();
+            assert_eq!(bytes[&0x1000], INT3);
+            with_bytes(&mut bytes, |vm| patches.remove(vm)).unwrap();
             assert_eq!(bytes, before);
         }
+    }
+
+    #[test]
+    fn one_whose_reply_gets_lost_is_known() {
+        let mut byte = 0x55;
+        let host = |header: &Header, payload: &[u8]| {
+            let data = match Command::from_id(header.id) {
+                Some(Command::VmReadPhysical) => vec![byte],
+                _ => {
+                    byte = payload[16];
+                    // No reply to anything that was asked.
+                    return ReplyHead::failure(&Header::default(), KvmiError::Inval)
+                        .as_bytes()
+                        .to_vec();
+                }
+            };
+            let head = ReplyHead::success(header, data.len()).unwrap();
+            [head.as_bytes(), &data].concat()
+        };
+        let (patches, outcome) = with_script(host, |vm| Patches::insert(vm, &[(0xf1000, 0x1000)]));
+        outcome.unwrap_err();
+        assert_eq!(byte, INT3);
+        assert_eq!(patches.all().len(), 1);
     }
 
     #[test]
     fn what_the_guest_has_written_stays() {
         let mut bytes = BTreeMap::from([(0x1000, 0x55), (0x2000, 0x41)]);
         let places = [(0xf1000, 0x1000), (0xf2000, 0x2000)];
-        let patches = with_bytes(&mut bytes, |vm| Patches::insert(vm, &places)).unwrap();
+        let patches = insert(&mut bytes, &places);
         bytes.insert(0x1000, 0xe9);
         with_bytes(&mut bytes, |vm| patches.remove(vm)).unwrap();
         assert_eq!(bytes, BTreeMap::from([(0x1000, 0xe9), (0x2000, 0x41)]));

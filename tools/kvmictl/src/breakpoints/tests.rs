@@ -135,7 +135,7 @@ fn with_breaks<R>(
                 name: None,
             };
             let mut breaks = Breaks {
-                patches: Patches::insert(vm, &[(GVA, GPA)]).unwrap(),
+                patches: Patches::insert(vm, &[(GVA, GPA)]).0,
                 names: Names::none(),
                 roster,
                 begun: Instant::now(),
