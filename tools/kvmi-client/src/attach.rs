@@ -148,9 +148,10 @@ impl Target {
     /// Makes the VM an introspector, or ends that: see [`Device::set_introspector`].
     pub fn set_introspector(&self, device: &Device, enable: bool) -> Result<(), AttachError> {
         let what = "change whether the VM is an introspector";
+        let vm = self.duplicate_vm_fd()?;
         device
-            .set_introspector(self.duplicate_vm_fd()?, enable)
-            .map_err(|error| AttachError::system(what, error))
+            .set_introspector(&vm, enable)
+            .map_err(|error| refusal(device, &vm, what, error))
     }
 
     /// Hooks the VM to the other end of `socket`, which stays the caller's.
@@ -158,15 +159,20 @@ impl Target {
         let vm = self.duplicate_vm_fd()?;
         match device.attach(&vm, socket, self.uuid) {
             Ok(()) => Ok(Attachment { device }),
-            Err(error) => Err(match Errno::from_io_error(&error) {
-                Some(Errno::EXIST) => AttachError::AlreadyHooked {
-                    by: hooked_by(&device, &vm),
-                },
-                Some(Errno::OPNOTSUPP) => AttachError::Unsupported,
-                Some(Errno::SRCH) => AttachError::Gone,
-                _ => AttachError::system("hook the VM", error),
-            }),
+            Err(error) => Err(refusal(&device, &vm, "hook the VM", error)),
         }
+    }
+}
+
+/// Why a VM cannot be what it was to become.
+fn refusal(device: &Device, vm: &OwnedFd, what: &'static str, error: io::Error) -> AttachError {
+    match Errno::from_io_error(&error) {
+        Some(Errno::EXIST) => AttachError::AlreadyHooked {
+            by: hooked_by(device, vm),
+        },
+        Some(Errno::OPNOTSUPP) => AttachError::Unsupported,
+        Some(Errno::SRCH) => AttachError::Gone,
+        _ => AttachError::system(what, error),
     }
 }
 

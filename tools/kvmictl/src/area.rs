@@ -52,6 +52,11 @@ impl Area {
         }
     }
 
+    /// Whether it is the one address that a number is.
+    pub fn is_number(&self) -> bool {
+        matches!(self, Self::At(Address::Number(_)))
+    }
+
     /// Finds the area in a guest that stands still: pages that follow each other make one span.
     /// `size` is that of what is at an address, where that does not say it itself.
     pub fn find<S: AsFd>(

@@ -24,7 +24,8 @@ pub use vcpu::{Cpuid, Inject, Pause, Regs, Top, Translate};
 
 /// Looks into running KVM guests, whatever VMM runs them.
 ///
-/// Needs the module kvmi_host in the host's kernel and, except for `list`, the rights of root.
+/// Needs the module kvmi_host in the host's kernel and, except for `list`, the rights of root. With
+/// --listen, it is another machine that needs both.
 #[derive(Debug, Parser)]
 #[command(name = "kvmictl", version, max_term_width = 100)]
 pub struct Cli {

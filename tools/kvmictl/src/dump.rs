@@ -3,10 +3,10 @@
 //! `kvmictl dump`
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, Permissions},
     os::{
         fd::AsFd,
-        unix::fs::{FileExt as _, OpenOptionsExt as _},
+        unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _},
     },
     time::Instant,
 };
@@ -76,7 +76,8 @@ pub fn run(arguments: &Dump, output: &mut Output) -> Result<()> {
     Ok(output.line(line)?)
 }
 
-/// Creates the file at its final size. The memory of a guest is nobody else's business.
+/// Creates the file at its final size. The memory of a guest is nobody else's business, even if the
+/// file was there before.
 fn create(arguments: &Dump, len: u64) -> std::io::Result<File> {
     let file = OpenOptions::new()
         .write(true)
@@ -84,7 +85,11 @@ fn create(arguments: &Dump, len: u64) -> std::io::Result<File> {
         .truncate(true)
         .mode(0o600)
         .open(&arguments.file)?;
-    file.set_len(len)?;
+    // Devices and pipes keep what they have.
+    if file.metadata()?.is_file() {
+        file.set_permissions(Permissions::from_mode(0o600))?;
+        file.set_len(len)?;
+    }
     Ok(file)
 }
 

@@ -4,8 +4,8 @@
 
 use std::{os::fd::OwnedFd, time::Instant};
 
-use anyhow::Result;
-use kvmi_client::{Access, Action, Connection, Error, EventId, VcpuEvent, VcpuEventKind};
+use anyhow::{Context as _, Result};
+use kvmi_client::{Access, Action, Command, Connection, Error, EventId, VcpuEvent, VcpuEventKind};
 
 use crate::{
     address::no_symbols,
@@ -65,6 +65,15 @@ pub fn watch(arguments: &cli::Watch, output: &mut Output) -> Result<()> {
 }
 
 impl Order<'_> {
+    /// Whether the guest may have memory wherever it is given by numbers: the host would say so in
+    /// the end, too, when the guest has stood still for long.
+    fn check_numbers(&self, session: &Session) -> Result<()> {
+        for area in self.areas.iter().filter(|area| !area.needs_symbols()) {
+            session.check_end(area.range(self.size, &Names::none())?.end)?;
+        }
+        Ok(())
+    }
+
     fn carry_out(
         &self,
         vm: &cli::Reach,
@@ -101,6 +110,10 @@ impl Order<'_> {
         session: &mut Session,
     ) -> Result<(Guard, usize)> {
         session.report_page_walks(self.page_walks)?;
+        if self.block {
+            check_blocking(&mut session.vm).context("accesses cannot be blocked")?;
+        }
+        self.check_numbers(session)?;
         let mut paused = session.pause()?;
         let names = Names::locate_paused(symbols, &mut paused)?;
         let mut spans = Vec::new();
@@ -125,6 +138,13 @@ impl Order<'_> {
         paused.resume()?;
         Ok((guard, pages.len()))
     }
+}
+
+/// Whether the tool may do what refuses an access.
+fn check_blocking(vm: &mut Connection<OwnedFd>) -> Result<(), Error> {
+    vm.check_command(Command::VcpuSetRegisters)?;
+    vm.check_command(Command::VcpuInjectException)?;
+    vm.check_event(EventId::Trap)
 }
 
 /// Pages of a guest that are restricted, and what has happened to them.

@@ -10,7 +10,7 @@ use kvmi_client::{
     attach::{Attachment, Target},
     device::Device,
     discover::Vmm,
-    Command, Connection, Error, EventId,
+    AttachError, Command, Connection, Error, EventId,
 };
 use serde::Serialize;
 
@@ -38,6 +38,9 @@ struct Info {
     /// What the host says on a connection; none can be made while somebody has the VM hooked, or it
     /// is an introspector.
     protocol: Option<Protocol>,
+    /// Why the VM cannot be hooked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refusal: Option<String>,
 }
 
 /// Who has a VM hooked.
@@ -64,12 +67,13 @@ pub fn run(arguments: &cli::Info, output: &mut Output) -> Result<()> {
     let (vmm, target) = select::target(&arguments.vm)?;
     let device = Device::open()?;
     let status = target.status(&device)?;
-    let hook = hook(&status);
-    let protocol = match hook {
-        None if status.flags & STATUS_INTROSPECTOR == 0 => Some(ask(&target, device)?),
-        _ => None,
-    };
-    let info = Info::new(&vmm, &target, &status, hook, protocol);
+    let mut info = Info::new(&vmm, &target, &status);
+    if info.hook.is_none() && !info.introspector {
+        match ask(&target, device) {
+            Ok(protocol) => info.protocol = Some(protocol),
+            Err(error) => info.refusal = Some(refusal(error)?),
+        }
+    }
     if output.is_json() {
         return Ok(output.json(&info)?);
     }
@@ -86,6 +90,14 @@ fn hook(status: &VmStatus) -> Option<Hook> {
         commands: status.commands,
         events: status.events,
     })
+}
+
+/// Why a VM could not be hooked, where the rest can be told nevertheless.
+fn refusal(error: anyhow::Error) -> Result<String> {
+    match error.downcast_ref() {
+        Some(AttachError::Unsupported | AttachError::AlreadyHooked { .. }) => Ok(error.to_string()),
+        _ => Err(error),
+    }
 }
 
 /// Hooks the VM and asks.
@@ -133,13 +145,7 @@ fn is_allowed(answer: Result<(), Error>) -> Result<bool, Error> {
 }
 
 impl Info {
-    fn new(
-        vmm: &Vmm,
-        target: &Target,
-        status: &VmStatus,
-        hook: Option<Hook>,
-        protocol: Option<Protocol>,
-    ) -> Self {
+    fn new(vmm: &Vmm, target: &Target, status: &VmStatus) -> Self {
         Self {
             pid: vmm.pid,
             vm_fd: target.vm_fd(),
@@ -149,9 +155,10 @@ impl Info {
             vcpus: status.vcpu_count,
             memory_bytes: status.memory_bytes,
             max_gpa: gpa(status.max_gpa),
-            hook,
+            hook: hook(status),
             introspector: status.flags & STATUS_INTROSPECTOR != 0,
-            protocol,
+            protocol: None,
+            refusal: None,
         }
     }
 
@@ -179,6 +186,8 @@ impl Info {
             let may = "may map memory of VMs that are introspected";
             lines.push(("Introspector", may.to_owned()));
         }
+        let refusal = self.refusal.as_deref();
+        lines.extend(refusal.map(|refusal| ("Protocol", plain(refusal))));
         if let Some(protocol) = &self.protocol {
             let (version, max) = (protocol.version, protocol.max_msg_size);
             lines.extend([
@@ -217,6 +226,15 @@ mod tests {
         status.flags = STATUS_HOOKED | STATUS_DISCONNECTED;
         let told = hook(&status).unwrap();
         assert_eq!((told.by, told.connected), (5, false));
+    }
+
+    #[test]
+    fn vm_that_cannot_be_hooked_is_described_nevertheless() {
+        let reason = refusal(AttachError::AlreadyHooked { by: Some(99) }.into());
+        assert!(reason.unwrap().contains("99"));
+        assert!(refusal(AttachError::Unsupported.into()).is_ok());
+        assert!(refusal(AttachError::Gone.into()).is_err());
+        assert!(refusal(Error::Closed.into()).is_err());
     }
 
     #[test]

@@ -96,7 +96,13 @@ fn symbols_hint(error: &(dyn std::error::Error + 'static)) -> Option<&'static st
     }
     if let Some(error) = error.downcast_ref::<LookupError>() {
         return Some(match error {
-            LookupError::Ambiguous { .. } => "give the address that you mean",
+            LookupError::Ambiguous { .. } => {
+                "give the address that you mean; of guard and watch, the physical one, which kvmictl \
+                 translate tells"
+            }
+            LookupError::Unknown(_) => {
+                "look it up in the file of --symbols; there, symbols of modules are those of /proc/kallsyms"
+            }
             _ => return None,
         });
     }
@@ -176,6 +182,9 @@ fn connection_hint(error: &Error) -> Option<&'static str> {
         }
         Error::Kvmi(KvmiError::OpNotSupp, Command::VcpuControlEvents) => {
             "this CPU cannot tell of that"
+        }
+        Error::Kvmi(KvmiError::Inval, Command::VcpuControlMsr) => {
+            "the host cannot tell of writes to this MSR"
         }
         Error::Kvmi(KvmiError::Perm, Command::VcpuControlMsr) => {
             "the VMM does not let the guest write this MSR, or whoever hooked the VM does not allow this"

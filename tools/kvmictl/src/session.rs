@@ -58,7 +58,8 @@ pub struct Session {
     pub vm: Connection<OwnedFd>,
     subject: Subject,
     vcpu_count: u32,
-    max_gpa: u64,
+    /// Above all of its memory, if that is known.
+    max_gpa: Option<u64>,
     /// Where it had memory when it was hooked, as far as is known.
     memory: Vec<Slot>,
     /// What hooks it, unless somebody else does.
@@ -90,7 +91,7 @@ impl Session {
                 name: None,
             },
             vcpu_count: status.vcpu_count,
-            max_gpa: status.max_gpa,
+            max_gpa: Some(status.max_gpa),
             memory,
             hook: Some((attachment, target)),
         })
@@ -101,7 +102,9 @@ impl Session {
         let mut vm = Connection::new(socket);
         let info = vm.get_info().context("the VM was not hooked")?;
         let name = String::from_utf8_lossy(hello.name()).into_owned();
-        let whole = 0..hello.max_gpa;
+        // Not every host says so.
+        let max_gpa = Some(hello.max_gpa).filter(|end| *end != 0);
+        let whole = 0..max_gpa.unwrap_or(u64::MAX);
         Ok(Self {
             vm,
             subject: Subject {
@@ -109,7 +112,7 @@ impl Session {
                 name: Some(name).filter(|name| !name.is_empty()),
             },
             vcpu_count: info.vcpu_count,
-            max_gpa: hello.max_gpa,
+            max_gpa,
             memory: vec![whole],
             hook: None,
         })
@@ -175,6 +178,17 @@ impl Session {
         Ok(())
     }
 
+    /// Checks that the VM may have memory below a guest physical address.
+    pub fn check_end(&self, end: u64) -> Result<()> {
+        match self.max_gpa {
+            Some(max) if end > max => {
+                let what = format!("the guest has no memory above {}", gpa(max));
+                Err(Problem::new(what, "numbers are guest physical addresses").into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The addresses that a range means: the first one, and how many.
     pub fn resolve(&self, range: &Range) -> Result<(u64, u64)> {
         resolve(range, self.max_gpa)
@@ -204,8 +218,11 @@ fn clip(slots: &[Slot], start: u64, len: u64) -> Vec<(u64, u64)> {
         .collect()
 }
 
-fn resolve(range: &Range, end: u64) -> Result<(u64, u64)> {
-    let to = range.to.unwrap_or(end);
+fn resolve(range: &Range, end: Option<u64>) -> Result<(u64, u64)> {
+    let Some(to) = range.to.or(end) else {
+        let what = "it is not known where the guest's memory ends";
+        return Err(Problem::new(what, "give --to").into());
+    };
     match to.checked_sub(range.from) {
         Some(len) if len > 0 => Ok((range.from, len)),
         _ => {
@@ -251,11 +268,14 @@ mod tests {
     #[test]
     fn ranges_end_where_the_memory_does_unless_told_otherwise() {
         let range = |from, to| Range { from, to };
-        assert_eq!(resolve(&range(0, None), 100).unwrap(), (0, 100));
-        assert_eq!(resolve(&range(10, Some(30)), 100).unwrap(), (10, 20));
-        assert_eq!(resolve(&range(10, Some(300)), 100).unwrap(), (10, 290));
+        let end = Some(100);
+        assert_eq!(resolve(&range(0, None), end).unwrap(), (0, 100));
+        assert_eq!(resolve(&range(10, Some(30)), end).unwrap(), (10, 20));
+        assert_eq!(resolve(&range(10, Some(300)), end).unwrap(), (10, 290));
+        assert_eq!(resolve(&range(10, Some(300)), None).unwrap(), (10, 290));
+        assert!(resolve(&range(10, None), None).is_err());
         for empty in [range(100, None), range(10, Some(10)), range(10, Some(9))] {
-            assert!(resolve(&empty, 100).is_err());
+            assert!(resolve(&empty, end).is_err());
         }
     }
 }

@@ -56,10 +56,12 @@ pub fn run(arguments: &cli::Step, output: &mut Output) -> Result<()> {
     // From here on an interrupt ends the steps rather than the process.
     let waiter = session.watch()?;
     session.allow_pause(None)?;
+    let pid = session.subject().pid;
     let begun = Instant::now();
     let mut paused = session.pause()?;
     let names = Names::locate_paused(symbols, &mut paused)?;
     let mut steps = Steps {
+        pid,
         vcpu: arguments.vcpu,
         names,
         executed: 0,
@@ -74,6 +76,8 @@ pub fn run(arguments: &cli::Step, output: &mut Output) -> Result<()> {
 
 /// Steps of a vCPU.
 struct Steps {
+    /// The process of the VM, if it is on this machine.
+    pid: Option<i32>,
     vcpu: u16,
     names: Names,
     executed: u64,
@@ -146,6 +150,7 @@ impl Steps {
         if output.is_json() {
             return Ok(output.json(&json!({
                 "state": "ended",
+                "pid": self.pid,
                 "reason": stop.reason(),
                 "vcpu": self.vcpu,
                 "instructions": self.executed,
@@ -282,6 +287,7 @@ mod tests {
         let waiter = Waiter::new(None, vm.stream().as_fd()).unwrap();
         let mut paused = vm.pause_all(Duration::from_secs(5)).unwrap();
         let mut steps = Steps {
+            pid: None,
             vcpu,
             names: Names::none(),
             executed: 0,

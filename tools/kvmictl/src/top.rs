@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use kvmi_client::VcpuEvent;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::{
     cli::Top,
@@ -85,10 +86,11 @@ pub fn run(arguments: &Top, output: &mut Output) -> Result<()> {
     if end != End::VmEnded {
         return session.close();
     }
-    if !output.is_json() {
-        output.line("the VM has ended")?;
+    if output.is_json() {
+        let pid = session.subject().pid;
+        return Ok(output.json(&json!({ "state": "ended", "pid": pid, "reason": "vm" }))?);
     }
-    Ok(())
+    Ok(output.line("the VM has ended")?)
 }
 
 /// Pauses the vCPUs for a moment.

@@ -86,7 +86,7 @@ impl<'a> Trace<'a> {
         let wanted = Wanted {
             value: arguments.value,
             rip: rip
-                .map(|area| area.range(None, names.known()))
+                .map(|area| area.range(area.is_number().then_some(1), names.known()))
                 .transpose()?,
         };
         let some = Some(&arguments.vcpus).filter(|vcpus| !vcpus.is_empty());

@@ -35,15 +35,18 @@ pub fn run(arguments: &Translate, output: &mut Output) -> Result<()> {
             output.line(line(entry))?;
         }
     }
-    let found = found.ok_or(Error::Unmapped(gva))?;
-    if output.is_json() {
-        let mut translation = json!({ "vcpu": vcpu, "gva": hex(gva), "gpa": gpa(found) });
+    if output.is_json() && (found.is_some() || arguments.tables) {
+        let mut translation = json!({ "vcpu": vcpu, "gva": hex(gva), "gpa": found.map(gpa) });
         if arguments.tables {
             translation["tables"] = tables.iter().map(object).collect();
         }
-        return Ok(output.json(&translation)?);
+        output.json(&translation)?;
     }
-    Ok(output.line(gpa(found))?)
+    let found = found.ok_or(Error::Unmapped(gva))?;
+    if !output.is_json() {
+        output.line(gpa(found))?;
+    }
+    Ok(())
 }
 
 fn line(entry: &TableEntry) -> String {

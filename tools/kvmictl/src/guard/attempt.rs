@@ -4,7 +4,7 @@
 
 use std::os::fd::AsFd;
 
-use kvmi_client::{Access, Connection, Error, Result, VcpuEvent, PAGE_SIZE};
+use kvmi_client::{Access, Connection, Error, KvmiError, Result, VcpuEvent, PAGE_SIZE};
 use serde::Serialize;
 
 use super::spans::Spans;
@@ -96,7 +96,7 @@ impl<'a> Attempt<'a> {
         }
         match vm.inject_exception(vcpu, GENERAL_PROTECTION, 0, 0) {
             Ok(()) => Ok(Verdict::Faulted),
-            Err(Error::Kvmi(..)) => Ok(Verdict::Unstoppable),
+            Err(Error::Kvmi(KvmiError::Busy | KvmiError::Inval, _)) => Ok(Verdict::Unstoppable),
             Err(error) => Err(error),
         }
     }
@@ -111,7 +111,7 @@ mod tests {
             arch::VcpuEventArch,
             wire::{Header, ReplyHead},
         },
-        Command, KvmiError, VcpuEventKind,
+        Command, VcpuEventKind,
     };
 
     /// An event of vCPU 3, where `rip` is, about a write to 0x5008.
@@ -234,6 +234,14 @@ mod tests {
                 [13, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
             );
         }
+    }
+
+    #[test]
+    fn exception_that_is_not_allowed_is_an_error() {
+        let event = write(0x1000, 0x7008);
+        let refuse = |attempt: &mut Attempt<'_>, vm: &mut Connection<_>| attempt.refuse(vm);
+        let (outcome, ..) = with_code(INC, Some(KvmiError::Perm), &event, refuse);
+        assert!(matches!(outcome, Err(Error::Kvmi(KvmiError::Perm, _))));
     }
 
     #[test]
