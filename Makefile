@@ -89,7 +89,7 @@ stress: lab-modules tools
 		sh tools/lab/guest/stress.sh $(FLAVOUR) $(SECONDS)
 
 lab: lab-modules tools guest
-	@$(LAB) shell --flavour $(FLAVOUR) $(if $(filter intel,$(VENDOR)),--machine bochs)
+	@$(LAB) shell --flavour $(FLAVOUR)
 
 check: FLAVOUR := lab
 check: kernel tools

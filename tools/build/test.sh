@@ -11,6 +11,7 @@
 cd "$ROOT"
 LAB=tools/target/x86_64-unknown-linux-gnu/release/lab
 flavour=$1 vendor=${2:-all}
+patience=4200 # seconds, for all tests in one host
 
 # in_host NAME OPTION… -- ARGUMENT…: guest/test.sh with these arguments.
 in_host() {
@@ -21,7 +22,7 @@ in_host() {
 		shift
 	done
 	shift
-	part "$LAB" run --flavour "$flavour" --name "$name" --ktap --timeout 4200 "${options[@]}" -- \
+	part "$LAB" run --flavour "$flavour" --name "$name" --ktap --timeout "$patience" "${options[@]}" -- \
 		sh tools/lab/guest/test.sh "$flavour" "$@"
 }
 
@@ -47,6 +48,7 @@ guest_files() {
 # The debug kernel takes minutes for its boot alone, and is silent for long.
 test_intel() {
 	if [ "$flavour" = debug ]; then
+		patience=9000
 		in_host test-intel --machine bochs --stall 600 --append pci=off -- kvmi_test
 		return
 	fi

@@ -125,9 +125,10 @@ fn figures_table(figures: &Figures) -> Table {
     table
 }
 
-/// Nanoseconds for people.
+/// Nanoseconds for people; nothing if they are lost in the noise of what was subtracted.
 fn duration(ns: f64) -> String {
     match ns / 1000.0 {
+        us if us < 0.0 => String::new(),
         us if us < 10.0 => format!("{us:.1} µs"),
         us => format!("{us:.0} µs"),
     }
