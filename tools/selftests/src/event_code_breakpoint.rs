@@ -14,13 +14,13 @@ use crate::{
     access_tool::emit,
     event_code::{add_vcpu, is_tcg, load, set_handler, write_cr, write_msr, CODE, DATA},
     event_common::{Doing, Wish},
-    event_cr::OTHER_TABLES,
+    event_cr::{self, OTHER_TABLES},
     event_hypercall::call,
     guest::{Mode, PML4},
     harness::{note, skip, test, Ctx, Test},
     registers::LSTAR,
     vcpu::Vcpu,
-    vm::{TestVm, PAGE},
+    vm::TestVm,
 };
 
 const AREA: &str = "event_code_breakpoint";
@@ -87,8 +87,8 @@ fn about_to(write: fn(&mut CodeAssembler), behind: bool) -> (TestVm, Vcpu) {
     }
     let mut vm = TestVm::new();
     let mut vcpu = add_vcpu(&mut vm, Mode::Long);
-    let tables = vm.memory.read(PML4, PAGE);
-    vm.memory.write(OTHER_TABLES, &tables);
+    // Writes the other page tables.
+    event_cr::values(&vm, &mut vcpu, Cr::Cr3);
 
     let mut code = CodeAssembler::new(64).expect("64-bit code");
     emit(code.inc(dword_ptr(HITS)));
@@ -120,14 +120,19 @@ fn expect_hit_once(vm: &TestVm) {
     assert_eq!(vm.memory.number(HITS).load(Relaxed), 1);
 }
 
-fn breakpoint_is_hit_once_at_what_is_told(_: &Ctx) {
+/// Does everything with a breakpoint at it, or behind it.
+fn do_all(behind: bool) {
     for (doing, wish, write) in ALL {
         note!("{doing:x?}");
-        let (vm, mut vcpu) = about_to(write, false);
+        let (vm, mut vcpu) = about_to(write, behind);
         let mut tool = vm.hook_allowing_all();
         tool.expect_events(&mut vcpu, &[wish], &[doing]);
         expect_hit_once(&vm);
     }
+}
+
+fn breakpoint_is_hit_once_at_what_is_told(_: &Ctx) {
+    do_all(false);
 }
 
 fn breakpoint_is_hit_once_at_what_is_told_again(_: &Ctx) {
@@ -143,11 +148,5 @@ fn breakpoint_is_hit_once_at_what_is_told_again(_: &Ctx) {
 }
 
 fn breakpoint_behind_what_is_told_is_hit(_: &Ctx) {
-    for (doing, wish, write) in ALL {
-        note!("{doing:x?}");
-        let (vm, mut vcpu) = about_to(write, true);
-        let mut tool = vm.hook_allowing_all();
-        tool.expect_events(&mut vcpu, &[wish], &[doing]);
-        expect_hit_once(&vm);
-    }
+    do_all(true);
 }
